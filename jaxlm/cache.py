@@ -1,0 +1,150 @@
+"""The key-value cache: a pytree that the forward pass only reads, and the functions that write rows to it.
+
+Slot s of a row holds the key and value of position s. `length` says how many slots of each row count; what lies beyond is
+never seen. The forward pass returns the new tokens' keys and values beside the logits, and `append` (a run of tokens) or
+`commit` (a path of a tree) writes those that are to stay, each row at its own length. Nothing rejected was ever
+written, so nothing is rewound.
+
+Keys and values lie as [R, B, K, S, H], R the repeats of a pattern of blocks: the one physical order in which the TPU
+compiler writes rows at different lengths without copying the cache. `unstack` splits the leading axis into a tuple, for a
+forward pass whose layers are unrolled.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlm import config
+
+
+@flax.struct.dataclass
+class KeyValue:
+    """Keys and values, [R, B, K, S, H] each; unrolled: a tuple of R arrays [B, K, S, H]."""
+
+    k: Any
+    v: Any
+
+
+@flax.struct.dataclass
+class Cache:
+    """Committed keys and values of every layer.
+
+    Attributes:
+      layers: a tuple over groups of a tuple over the pattern's places of KeyValue.
+      length: int32 [B], committed slots of each row.
+    """
+
+    layers: tuple[tuple[KeyValue, ...], ...]
+    length: Int[Array, "B"]
+
+    @property
+    def slots(self) -> int:
+        """S, how many slots a row has."""
+        return jax.tree.leaves(self.layers)[0].shape[-2]
+
+
+def is_key_value(node: Any) -> bool:
+    """For `jax.tree.map(..., is_leaf=is_key_value)`."""
+    return isinstance(node, KeyValue)
+
+
+def spec(cfg: config.Stack, batch: int, slots: int, dtype: Any) -> Cache:
+    """The cache's shapes as `jax.ShapeDtypeStruct`, for compiling without memory."""
+    return jax.eval_shape(lambda: allocate(cfg, batch, slots, dtype))
+
+
+def allocate(cfg: config.Stack, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache for `batch` rows of up to `slots` tokens.
+
+    Raises:
+      ValueError: when batch or slots is not positive.
+    """
+    if batch < 1 or slots < 1:
+        raise ValueError(f"a cache needs at least one row and one slot, got {batch} rows of {slots} slots")
+
+    def one(block: config.Block, repeats: int) -> KeyValue:
+        shape = (repeats, batch, block.attention.kv_heads, slots, block.attention.head_width)
+        return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    layers = tuple(tuple(one(block, group.repeats) for block in group.pattern) for group in cfg.groups)
+    return Cache(layers, jnp.zeros(batch, jnp.int32))
+
+
+def unstack(cache: Cache) -> Cache:
+    """Every layer's keys and values as arrays of their own."""
+    layers = jax.tree.map(tuple, cache.layers)
+    return cache.replace(layers=layers)
+
+
+AXES = ("layers", "batch", "kv_heads", None, "head")  # of stacked keys and values
+
+
+def _write(old: Float[Array, "*R B K S H"], new: Float[Array, "*R B K T H"], start: Int[Array, "B"]) -> Array:
+    """Rows of `new` at each row's own start. A row that would not fit is filled with NaN, never written shifted."""
+    fits = start + new.shape[-2] <= old.shape[-2]
+    new = jnp.where(fits.reshape((-1, 1, 1, 1)) if new.ndim == 4 else fits.reshape((1, -1, 1, 1, 1)), new, jnp.nan)
+    batch = new.ndim - 4
+    if old.shape[batch] == 1:  # a plain slice update, which every compiler does in place
+        zero = jnp.zeros((), start.dtype)
+        where = [zero] * old.ndim
+        where[-2] = start[0]
+        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), where)
+
+    def row(old, new, at):
+        where = [jnp.zeros((), at.dtype)] * old.ndim
+        where[-2] = at
+        return jax.lax.dynamic_update_slice(old, new, where)
+
+    return jax.vmap(row, in_axes=(batch, batch, 0), out_axes=batch)(old, new.astype(old.dtype), start)
+
+
+def append(cache: Cache, new: Any, count: Int[Array, "B"]) -> Cache:
+    """Writes the T new tokens' keys and values at each row's length, of which the first `count` are to stay.
+
+    All T are written: the cache must have T free slots from each row's length on.
+
+    Args:
+      new: `Output.kv` of a forward pass, KeyValue of [R, B, K, T, H].
+      count: 0 to T per row; the rest is junk that the next write covers.
+
+    Raises:
+      ValueError: when a row lacks the slots, if lengths are known (outside `jax.jit`). Inside, that row's keys become
+        NaN, and so do all its logits from then on.
+    """
+    width = jax.tree.leaves(new)[0].shape[-2]
+    if not isinstance(cache.length, jax.core.Tracer):
+        over = [int(row) for row in jnp.nonzero(cache.length + width > cache.slots)[0]]
+        if over:
+            raise ValueError(f"the cache is full: row {over[0]} holds {int(cache.length[over[0]])} of {cache.slots} slots "
+                             f"and {width} more were to be written; allocate more slots")
+    layers = jax.tree.map(lambda old, rows: _write(old, rows, cache.length), cache.layers, new)
+    return Cache(layers, cache.length + count)
+
+
+def commit(cache: Cache, new: Any, path: Int[Array, "B D"], count: Int[Array, "B"]) -> Cache:
+    """Writes the rows `path` of the new tokens' keys and values: what `append` does after a tree was verified.
+
+    Args:
+      path: indices into the T new tokens, the accepted ones first; beyond `count` anything within range.
+    """
+    def pick(rows):
+        index = path.reshape((1,) * (rows.ndim - 4) + (path.shape[0], 1, path.shape[1], 1))
+        return jnp.take_along_axis(rows, index, axis=-2)
+    return append(cache, jax.tree.map(pick, new), count)
+
+
+def filled(new: Any, slots: int, count: Int[Array, "B"]) -> Cache:
+    """A cache of `slots` slots that starts with these keys and values: a prefill's, without an empty cache before it."""
+    def pad(rows):
+        widths = [(0, 0)] * rows.ndim
+        widths[-2] = (0, slots - rows.shape[-2])
+        return jnp.pad(rows, widths)
+    return Cache(jax.tree.map(pad, new), count)
+
+
+def visible(slots: int, length: Int[Array, "B"]) -> Bool[Array, "B S"]:
+    """Which slots hold committed tokens."""
+    return jnp.arange(slots, dtype=length.dtype)[None, :] < length[:, None]

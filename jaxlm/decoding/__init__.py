@@ -1,0 +1,1 @@
+"""Text from models: processors of logits, the compiled loop, generation and scoring."""

@@ -1,0 +1,383 @@
+"""`generate`: from prompts to text, at once or in pieces as it comes.
+
+Everything on the host is here: checking what was asked, padding prompts to a bucket of lengths, cutting the answer. On the
+device there are two programs, the prefill and the loop, each compiled once per model, batch and bucket.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from jaxlm import cache as caching
+from jaxlm import config, model, sharding
+from jaxlm.decoding import loop, stop
+from jaxlm.decoding.logits import Settings
+from jaxlm.model import Model
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """The loop's step function for a decoder: compared by value, so equal models share a compiled program."""
+
+    config: config.Decoder
+    dtype: Any
+
+    def __call__(self, params: PyTree, tokens: Int[Array, "B P"],
+                 cache: caching.Cache) -> tuple[Float[Array, "B P V"], PyTree]:
+        """Logits after each of the P tokens and their keys and values."""
+        out = model.forward(params, self.config, tokens, cache=cache, dtype=self.dtype)
+        return out.logits, out.kv
+
+
+def bucket(length: int, smallest: int = 16) -> int:
+    """The next length for which programs are compiled: four to an octave, so at most a quarter is padding.
+
+    Example:
+      >>> [bucket(n) for n in (1, 17, 33, 200, 800)]
+      [16, 20, 40, 224, 896]
+    """
+    if length <= smallest:
+        return smallest
+    step = 2 ** (math.ceil(math.log2(length)) - 3)
+    return -(-length // step) * step
+
+
+@partial(jax.jit, static_argnames=("step", "slots", "capacity", "logprobs"))
+def _prefill(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], request: loop.Request,
+             slots: int, capacity: int, logprobs: bool) -> loop.State:
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    positions = jnp.where(index < lengths[:, None], index, -1)
+    out = model.forward(params, step.config, tokens, positions=positions, context=lengths, at=lengths[:, None] - 1,
+                        dtype=step.dtype)
+    cache = caching.filled(out.kv, slots, lengths)
+    cache = cache.replace(layers=jax.tree.map(
+        lambda leaf: sharding.constrain(leaf, caching.AXES[-leaf.ndim:]), cache.layers))
+    return loop.begin(cache, request, out.logits[:, 0], capacity, logprobs)
+
+
+@partial(jax.jit, static_argnames=("step",), donate_argnames=("state",))
+def _run(step: Forward, params: PyTree, state: loop.State, request: loop.Request, steps: Int[Array, ""]) -> loop.State:
+    return loop.run(step, params, state, request, steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What was generated, a row per prompt.
+
+    Attributes:
+      tokens: int32 arrays, the end-of-text token included where one was reached.
+      text: decoded, without special tokens, cut before a stop string; None without a tokenizer.
+      finish: "eos", "stop" or "length" for each row.
+      logprobs: of each token under the model itself (before temperature, filters and penalties), or None.
+      prompt_tokens: how many tokens each prompt has.
+      prefill_s: seconds until the first token of every row, compilation included when this shape is new.
+      decode_s: seconds for the tokens after the first.
+    """
+
+    tokens: list[np.ndarray]
+    text: list[str] | None
+    finish: list[str]
+    logprobs: list[np.ndarray] | None
+    prompt_tokens: list[int]
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens after the first of each row, per second of decoding; 0 where there are none."""
+        later = sum(max(len(row) - 1, 0) for row in self.tokens)
+        return later / self.decode_s if later and self.decode_s > 0 else 0.0
+
+
+def _rows(name: str, value: Any, batch: int, low: float, high: float, off: float, kind: Any, open_low: bool = False) -> Any:
+    """A setting as an array [B], or None where every row has it off."""
+    values = np.asarray(value, np.float64)
+    if values.ndim > 1 or (values.ndim == 1 and len(values) != batch):
+        raise ValueError(f"{name} must be one number or one per row ({batch}), got shape {values.shape}")
+    good = (values > low if open_low else values >= low) & (values <= high)
+    if not np.all(good):
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{name} must be in {bracket}{low:g}, {high:g}], got {values[~good].flat[0] if values.ndim else value}")
+    if np.all(values == off):
+        return None
+    return jnp.asarray(np.broadcast_to(values, batch), kind)
+
+
+def _per_row(name: str, value: Any, batch: int, single: type | tuple[()]) -> list[Any]:
+    """A value for every row, or one value per row, as a list."""
+    if value is None or isinstance(value, single):
+        return [value] * batch
+    value = list(value)
+    if len(value) != batch:
+        raise ValueError(f"{name} must be given once or once per row ({batch}), got {len(value)}")
+    return value
+
+
+def _bias(logit_bias: Any, banned: Any, batch: int, vocabulary: int) -> Float[Array, "B V"] | None:
+    biases = _per_row("logit_bias", logit_bias, batch, Mapping)
+    nested = banned is not None and len(banned) > 0 and not isinstance(banned[0], (int, np.integer))
+    bans = list(banned) if nested else [banned] * batch
+    if len(bans) != batch:
+        raise ValueError(f"banned_tokens must be one list of ids or one per row ({batch}), got {len(bans)}")
+    if not any(biases) and not any(row is not None and len(row) for row in bans):
+        return None
+    bias = np.zeros((batch, vocabulary), np.float32)
+    for row, (values, ban) in enumerate(zip(biases, bans, strict=True)):
+        pairs = [*(values or {}).items(), *((token, -math.inf) for token in (() if ban is None else ban))]
+        for token, value in pairs:
+            if not 0 <= int(token) < vocabulary:
+                raise ValueError(f"token id {token} in logit_bias or banned_tokens is out of range: 0 to {vocabulary - 1}")
+            if math.isnan(value) or value == math.inf:
+                raise ValueError(f"logit_bias of token {token} must be finite or -inf, got {value}")
+            bias[row, int(token)] += value
+        if np.all(np.isneginf(bias[row])):
+            raise ValueError(f"row {row} bans every token of the vocabulary")
+    return jnp.asarray(bias)
+
+
+def encode(model: Model, prompts: Any) -> list[list[int]]:
+    """Token ids of every prompt: a string, token ids, or a list of either.
+
+    Raises:
+      ValueError: for no prompts, a prompt without tokens, one longer than the context, ids out of range, or text without a
+        tokenizer; names the prompt.
+    """
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    prompts = list(prompts)
+    if prompts and isinstance(prompts[0], (int, np.integer)):
+        prompts = [prompts]
+    if not prompts:
+        raise ValueError("no prompts were given: a batch of zero rows has nothing to generate")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if model.tokenizer is None:
+                raise ValueError("the model has no tokenizer: give prompts as lists of token ids")
+            prompt = model.tokenizer.encode(prompt)
+        row = [int(token) for token in prompt]
+        if not row:
+            raise ValueError(f"prompt {i} is empty: it needs at least one token")
+        if len(row) > model.config.length:
+            raise ValueError(f"prompt {i} has {len(row)} tokens, the model's context is {model.config.length}")
+        bad = [token for token in row if not 0 <= token < model.config.embedding.vocabulary]
+        if bad:
+            raise ValueError(f"prompt {i} holds token id {bad[0]}, out of range: 0 to {model.config.embedding.vocabulary - 1}")
+        rows.append(row)
+    return rows
+
+
+def row_keys(key: Any, batch: int) -> Key[Array, "B"]:
+    """A key per row: given ones as they are; row i of one key or seed gets fold_in(key, i), whatever the batch."""
+    if isinstance(key, (int, np.integer)):
+        key = jax.random.key(int(key))
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"key must be a seed or made by jax.random.key, got an array of {key.dtype}")
+    if key.ndim == 1:
+        if key.shape[0] != batch:
+            raise ValueError(f"there must be one key or one per row ({batch}), got {key.shape[0]}")
+        return key
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch))
+
+
+@functools.lru_cache(maxsize=8)
+def _automaton(stops: tuple[tuple[str, ...], ...], tokenizer: Any, vocabulary: int) -> stop.Automaton:
+    return stop.automaton(stops, tokenizer.token_bytes(), vocabulary)
+
+
+class _Job:
+    """A checked request on its way through prefill and loop."""
+
+    def __init__(self, model: Model, prompts: Any, *, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any,
+                 min_p: Any, typical_p: Any, repetition_penalty: Any, presence_penalty: Any, frequency_penalty: Any,
+                 logit_bias: Any, banned_tokens: Any, stop_strings: Any, eos: Any, key: Any, logprobs: bool, dtype: Any):
+        cfg = model.config
+        self.model, self.rows = model, encode(model, prompts)
+        batch, vocabulary = len(self.rows), cfg.embedding.vocabulary
+        limits = np.asarray(max_new_tokens)
+        if limits.dtype.kind not in "iu" or limits.ndim > 1 or (limits.ndim and len(limits) != batch) or np.any(limits < 1):
+            raise ValueError(f"max_new_tokens must be a positive integer, or one per row ({batch}), got {max_new_tokens}")
+        self.limits = np.broadcast_to(limits, batch)
+        for i, (row, limit) in enumerate(zip(self.rows, self.limits, strict=True)):
+            if len(row) + limit > cfg.length:
+                raise ValueError(f"prompt {i} has {len(row)} tokens and {limit} new ones were asked for: together more than "
+                                 f"the model's context of {cfg.length}; at most {cfg.length - len(row)} fit")
+        inf = float("inf")
+        number = partial(_rows, batch=batch)
+        settings = Settings(
+            temperature=number("temperature", temperature, low=0, high=inf, off=0, kind=jnp.float32),
+            top_k=number("top_k", vocabulary if top_k is None else np.minimum(top_k, vocabulary), low=1, high=vocabulary,
+                         off=vocabulary, kind=jnp.int32),
+            top_p=number("top_p", top_p, low=0, high=1, off=1, kind=jnp.float32, open_low=True),
+            min_p=number("min_p", min_p, low=0, high=1, off=0, kind=jnp.float32),
+            typical_p=number("typical_p", typical_p, low=0, high=1, off=1, kind=jnp.float32, open_low=True),
+            repetition=number("repetition_penalty", repetition_penalty, low=0, high=inf, off=1, kind=jnp.float32,
+                              open_low=True),
+            presence=number("presence_penalty", presence_penalty, low=-inf, high=inf, off=0, kind=jnp.float32),
+            frequency=number("frequency_penalty", frequency_penalty, low=-inf, high=inf, off=0, kind=jnp.float32),
+            bias=_bias(logit_bias, banned_tokens, batch, vocabulary))
+        if settings.temperature is None:  # filters never change an argmax
+            settings = settings.replace(top_k=None, top_p=None, min_p=None, typical_p=None)
+        if eos is None:
+            eos = () if model.tokenizer is None else model.tokenizer.eos_ids
+        eos = (int(eos),) if isinstance(eos, (int, np.integer)) else tuple(int(token) for token in eos)
+        wrong = [token for token in eos if not 0 <= token < vocabulary]
+        if wrong:
+            raise ValueError(f"eos token id {wrong[0]} is out of range: 0 to {vocabulary - 1}")
+        self.eos = eos
+        if stop_strings is not None and all(isinstance(string, str) for string in stop_strings):
+            stop_strings = [[stop_strings] if isinstance(stop_strings, str) else stop_strings] * batch
+        self.stops = tuple(tuple(row or ()) for row in _per_row("stop_strings", stop_strings, batch, ()))
+        automaton = None
+        if any(self.stops):
+            if model.tokenizer is None:
+                raise ValueError("stop strings need a tokenizer, the model has none")
+            automaton = _automaton(self.stops, model.tokenizer, vocabulary)
+        prompted = None
+        if settings.repetition is not None:
+            prompted = np.zeros((batch, vocabulary), bool)
+            for i, row in enumerate(self.rows):
+                prompted[i, row] = True
+            prompted = jnp.asarray(prompted)
+        self.request = loop.Request(row_keys(key, batch), jnp.asarray(self.limits, jnp.int32),
+                                    jnp.asarray([*eos, *[-1] * (-len(eos) % 4)], jnp.int32), settings, prompted, automaton)
+        self.logprobs, self.dtype = logprobs, dtype
+
+    def run(self, segment: int | None) -> Iterator[tuple[loop.State, float, float]]:
+        """The state after the prefill, then after each segment of the loop (None: one), with seconds spent in each."""
+        rows, cfg = self.rows, self.model.config
+        longest = max(len(row) for row in rows)
+        width = min(bucket(longest), cfg.length)
+        capacity = bucket(int(max(self.limits)))
+        slots = bucket(max(len(row) + int(limit) for row, limit in zip(rows, self.limits, strict=True)), 64)
+        slots = max(slots, width)
+        tokens = np.zeros((len(rows), width), np.int32)
+        for i, row in enumerate(rows):
+            tokens[i, :len(row)] = row
+        lengths = np.array([len(row) for row in rows], np.int32)
+        step = Forward(cfg, self.dtype)
+        params = self.model.ready
+        began = time.perf_counter()
+        with self.model.context():
+            state = _prefill(step, params, jnp.asarray(tokens), jnp.asarray(lengths), self.request, slots, capacity,
+                             self.logprobs)
+            state.last.block_until_ready()
+            prefill_s, decode_s = time.perf_counter() - began, 0.0
+            yield state, prefill_s, decode_s
+            while not np.all(np.asarray(state.done)):
+                began = time.perf_counter()
+                state = _run(step, params, state, self.request,
+                             jnp.asarray(capacity if segment is None else segment, jnp.int32))
+                state.last.block_until_ready()
+                decode_s += time.perf_counter() - began
+                yield state, prefill_s, decode_s
+
+    def check(self, state: loop.State) -> None:
+        bad = np.flatnonzero(~np.asarray(state.finite))
+        if len(bad):
+            raise ValueError(f"the model's logits for row {bad[0]} are not finite after {int(state.count[bad[0]])} tokens: "
+                             "its weights hold NaN or infinite values, or overflow in this dtype")
+
+    def result(self, state: loop.State, prefill_s: float, decode_s: float) -> Generation:
+        self.check(state)
+        tokens, count = np.asarray(state.tokens), np.asarray(state.count)
+        emitted = [tokens[i, :count[i]] for i in range(len(self.rows))]
+        text, finish = None, []
+        if self.model.tokenizer is not None:
+            text = [self.model.tokenizer.decode(row.tolist()) for row in emitted]
+        stopped = (np.zeros(len(emitted), bool) if state.stop is None
+                   else np.asarray(self.request.automaton.found)[np.asarray(state.stop)])
+        for i, row in enumerate(emitted):
+            if stopped[i]:
+                text[i] = text[i][:_cut(text[i], self.stops[i])]
+            finish.append("eos" if len(row) and int(row[-1]) in self.eos else "stop" if stopped[i] else "length")
+        logprobs = None if state.logprobs is None else [np.asarray(state.logprobs)[i, :n] for i, n in enumerate(count)]
+        return Generation(emitted, text, finish, logprobs, [len(row) for row in self.rows], prefill_s, decode_s)
+
+
+class _Pieces:
+    """Cuts the growing text of every row into pieces that can no longer change."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[Sequence[str]]):
+        self.streams = [tokenizer.stream() for _ in stops]
+        self.stops = stops
+        self.text, self.seen, self.shown = [""] * len(stops), [0] * len(stops), [0] * len(stops)
+
+    def _show(self, row: int, end: int) -> str:
+        piece = self.text[row][self.shown[row]:end]
+        self.shown[row] = max(self.shown[row], end)
+        return piece
+
+    def push(self, tokens: np.ndarray, count: np.ndarray) -> list[str]:
+        out = []
+        for i, stream in enumerate(self.streams):
+            self.text[i] += stream.push(tokens[i, self.seen[i]:count[i]].tolist())
+            self.seen[i] = int(count[i])
+            held = max((len(string) - 1 for string in self.stops[i]), default=0)
+            out.append(self._show(i, min(len(self.text[i]) - held, _cut(self.text[i], self.stops[i]))))
+        return out
+
+    def finish(self, text: Sequence[str]) -> list[str]:
+        self.text = list(text)
+        return [self._show(i, len(row)) for i, row in enumerate(text)]
+
+
+def _cut(text: str, stops: Sequence[str]) -> int:
+    """Where the first stop string begins, or the text's length."""
+    return min((at for string in stops if (at := text.find(string)) >= 0), default=len(text))
+
+
+def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperature: Any = 0.0, top_k: Any = None,
+             top_p: Any = 1.0, min_p: Any = 0.0, typical_p: Any = 1.0, repetition_penalty: Any = 1.0,
+             presence_penalty: Any = 0.0, frequency_penalty: Any = 0.0, logit_bias: Any = None, banned_tokens: Any = None,
+             stop_strings: Any = None, eos: Any = None, key: Any = 0, logprobs: bool = False, dtype: Any = None,
+             on_text: Callable[[list[str]], None] | None = None, segment: int = 16) -> Generation:
+    """Continues each prompt.
+
+    Every number may be given per row. With the same key a row's text is the same whatever rows are beside it.
+
+    Args:
+      prompts: a string, token ids, or a list of either.
+      max_new_tokens: at least 1.
+      temperature: 0 (greedy) takes the likeliest token, ties to the lowest id.
+      top_k, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty: see
+        `jaxlm.decoding.logits.Settings`.
+      logit_bias: {token id: what is added to its logit}, -inf to ban.
+      banned_tokens: ids never to emit.
+      stop_strings: a string, or a list for all rows, or a list of lists; a row ends at the token that completes one.
+      eos: ids that end a row; default the tokenizer's, () for none.
+      key: a seed, a `jax.random.key`, or one key per row.
+      logprobs: also return every token's log-probability.
+      dtype: of the computation; default that of the weights.
+      on_text: called after the prefill and then every `segment` steps with each row's new text. The pieces add up to the
+        result's text: what may yet turn out to begin a stop string, or lacks bytes of a character, is held back.
+      segment: steps of the loop between two looks of the host; only with `on_text`.
+
+    Raises:
+      ValueError: for bad input, named; or when logits are not finite.
+    """
+    if on_text is not None and model.tokenizer is None:
+        raise ValueError("streaming text needs a tokenizer, the model has none")
+    if segment < 1:
+        raise ValueError(f"segment must be at least 1 step, got {segment}")
+    job = _Job(model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+               typical_p=typical_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+               frequency_penalty=frequency_penalty, logit_bias=logit_bias, banned_tokens=banned_tokens,
+               stop_strings=stop_strings, eos=eos, key=key, logprobs=logprobs, dtype=dtype)
+    pieces = None if on_text is None else _Pieces(model.tokenizer, job.stops)
+    for state, prefill_s, decode_s in job.run(None if on_text is None else segment):
+        job.check(state)
+        if pieces is not None:
+            on_text(pieces.push(np.asarray(state.tokens), np.asarray(state.count)))
+    result = job.result(state, prefill_s, decode_s)
+    if pieces is not None:
+        on_text(pieces.finish(result.text))
+    return result

@@ -1,0 +1,667 @@
+"""GGUF files read as what they were made from: tensors under Hugging Face names, with the checkpoint's shapes and values, and a
+config.json rebuilt from the metadata.
+
+The converter of llama.cpp renames tensors and, for some architectures, rearranges them (`ARCHITECTURES` says how); here that is
+undone. What a GGUF file does not record is taken as llama.cpp takes it: the windows of Mistral and StarCoder2 count as none,
+Gemma's score scale follows from the model's size.
+
+The `gguf` package knows names and quantisations. The header is read here: its reader makes an array per token and needs 5 to 8
+seconds and 500 MB for vocabularies of 150,000 to 260,000 tokens, this one a tenth of a second.
+"""
+
+import dataclasses
+import math
+import mmap
+import os
+import pathlib
+import struct
+import types
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+VERSIONS = (2, 3)
+
+# Value types of the metadata, by their number in the file: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+PARALLEL = 1 << 20  # numbers; a tensor with fewer is dequantised in one go
+
+# Metadata that changes what a model computes, and the value that changes nothing. An architecture that does not read one of
+# these must not have it set.
+NEUTRAL = {
+    "expert_count": 0, "attention.sliding_window": 0, "attention.causal": True, "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0, "attention.scale": 0.0, "attention.temperature_scale": 0.0,
+    "attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0, "logit_scale": 1.0, "residual_scale": 1.0,
+    "embedding_scale": 1.0, "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0, "rope.scaling.alpha": 0.0,
+    "rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_log_multiplier": 0.0, "rope.scaling.attn_factor": 1.0,
+}
+
+# Tensors that become part of the config.
+FACTORS, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
+
+
+def _package() -> types.ModuleType:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError("reading GGUF files needs the gguf package: pip install 'jaxlm[gguf]'") from error
+    return gguf
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies. `kind` is the package's `GGMLQuantizationType`, `shape` has the slowest dimension first."""
+
+    name: str
+    kind: Any
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class _Cursor:
+    """Takes values off the header one after the other."""
+
+    def __init__(self, data: mmap.mmap, at: int):
+        self.data, self.at = data, at
+
+    def take(self, code: str, count: int = 1) -> tuple[Any, ...]:
+        layout = struct.Struct(f"<{count}{code}")
+        self.at += layout.size
+        return layout.unpack_from(self.data, self.at - layout.size)
+
+    def text(self) -> str:
+        size, = self.take("Q")
+        self.at += size
+        if self.at > len(self.data):
+            raise struct.error
+        return str(self.data[self.at - size:self.at], "utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.text()
+        if kind == ARRAY:
+            item, count = self.take("IQ")
+            if item == STRING:
+                return [self.text() for _ in range(count)]
+            if item in SCALARS and count * struct.calcsize(SCALARS[item]) <= len(self.data):
+                return [_shortest(item, number) for number in self.take(SCALARS[item], count)] if count else []
+            raise struct.error if item in SCALARS else ValueError(f"an array of unknown type {item}")
+        if kind not in SCALARS:
+            raise ValueError(f"a value of unknown type {kind}")
+        return _shortest(kind, self.take(SCALARS[kind])[0])
+
+
+def _shortest(kind: int, number: Any) -> Any:
+    """The shortest decimal that rounds to this float32: 1e-06, not 9.999999974752427e-07."""
+    return float(str(np.float32(number))) if SCALARS[kind] == "f" else number
+
+
+def _open(path: str | os.PathLike[str]) -> mmap.mmap:
+    """The file in memory, once its magic and version are known to be right."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if start[:4] != b"GGUF":
+            raise ValueError(f"{path} is no GGUF file: it starts with {start[:4]!r} instead of b'GGUF'")
+        if len(start) < 8:
+            raise ValueError(f"{path} is truncated: it ends after {len(start)} bytes")
+        version, = struct.unpack("<I", start[4:])
+        if version not in VERSIONS:
+            swapped = ", or a big-endian file" if version & 0xFFFF == 0 else ""
+            raise ValueError(f"{path} is GGUF version {version}{swapped}; supported are versions "
+                             f"{' and '.join(map(str, VERSIONS))}, little-endian")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _header(path: str | os.PathLike[str], data: mmap.mmap) -> tuple[dict[str, Any], list[tuple], int]:
+    """Metadata, (name, shape, type number, offset) of each tensor, and where the offsets count from."""
+    cursor = _Cursor(data, 8)
+    try:
+        tensors, pairs = cursor.take("Q", 2)
+        fields = {}
+        for _ in range(pairs):
+            key = cursor.text()
+            fields[key] = cursor.value(*cursor.take("I"))
+        infos = []
+        for _ in range(tensors):
+            name = cursor.text()
+            dims = cursor.take("Q", *cursor.take("I"))
+            infos.append((name, tuple(reversed(dims)), *cursor.take("I"), *cursor.take("Q")))
+    except struct.error:
+        raise ValueError(f"{path} is truncated: its {len(data)} bytes end within the header") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: at byte {cursor.at} of the header: {error}") from error
+    alignment = fields.get("general.alignment", 32)
+    return fields, infos, -(-cursor.at // alignment) * alignment
+
+
+def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """All key-value pairs of a GGUF file as plain Python values; its tensors need not be of a supported kind, or there.
+
+    Raises:
+      ValueError: as `GgufSource` for what is no GGUF file.
+    """
+    with _open(path) as data:
+        return _header(path, data)[0]
+
+
+class Metadata:
+    """What configs are built from: the fields of one architecture, its tensors, and which fields were asked for."""
+
+    def __init__(self, path: pathlib.Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor],
+                 array: Callable[[str], np.ndarray]):
+        self.path, self.fields, self.tensors, self.array = path, fields, tensors, array
+        self.architecture = fields["general.architecture"]
+        self.read = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The field `<architecture>.<key>`."""
+        self.read.add(key)
+        return self.fields.get(f"{self.architecture}.{key}", default)
+
+    def need(self, key: str) -> Any:
+        """Raises:
+          ValueError: when there is no such field.
+        """
+        value = self.get(key)
+        if value is None:
+            raise ValueError(f"{self.path} lacks the metadata {self.architecture}.{key}")
+        return value
+
+    def same(self, key: str, default: Any = None) -> Any:
+        """A field that may be a list over layers, all alike."""
+        value = self.get(key, default) if default is not None else self.need(key)
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise self.unsupported(f"{self.architecture}.{key} differs between layers: {value}")
+            return value[0]
+        return value
+
+    def unsupported(self, what: str) -> ValueError:
+        """An error to raise."""
+        return ValueError(f"{self.path}: {what}; that is not supported for {self.architecture}")
+
+    @property
+    def head_width(self) -> int:
+        """A head's width."""
+        width = self.get("attention.key_length") or self.need("embedding_length") // self.same("attention.head_count")
+        if self.get("attention.value_length", width) != width:
+            raise self.unsupported("values and keys have different widths")
+        return width
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the vocabulary."""
+        return self.tensors["token_embd.weight"].shape[0]
+
+    @property
+    def tied(self) -> bool:
+        """Whether there is no output matrix."""
+        return "output.weight" not in self.tensors
+
+
+Undo = Callable[[np.ndarray, Mapping[str, Any]], np.ndarray]
+
+
+def _half_rotation(heads: str, weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    """Rows of each head from neighbouring pairs (GGUF's llama) to first and second halves."""
+    pairs = weight.reshape(config[heads], -1, 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _by_head(heads: str, weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    """Rows from all q, all k, all v to q, k, v of each head in turn."""
+    parts = weight.reshape(3, config[heads], -1, *weight.shape[1:])
+    return parts.swapaxes(0, 1).reshape(weight.shape)
+
+
+def _by_group(weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    """Rows from all q, all k, all v to each key-value head's queries, key and value in turn (Falcon)."""
+    heads, groups = config["num_attention_heads"], config["num_kv_heads"]
+    parts = weight.reshape(heads + 2 * groups, -1, *weight.shape[1:])
+    q, k, v = np.split(parts, (heads, heads + groups))
+    grouped = [part.reshape(groups, -1, *parts.shape[1:]) for part in (q, k, v)]
+    return np.concatenate(grouped, axis=1).reshape(weight.shape)
+
+
+def _transpose(weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    """[out, in] to GPT-2's [in, out]."""
+    return weight.T
+
+
+def _less_one(weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    """Gemma's checkpoints hold scale - 1."""
+    return weight.astype(np.float32) - np.float32(1)
+
+
+def _shape(m: Metadata) -> dict[str, Any]:
+    """The sizes that most configs name alike."""
+    heads = m.same("attention.head_count")
+    return {
+        "hidden_size": m.need("embedding_length"),
+        "intermediate_size": m.same("feed_forward_length"),
+        "num_hidden_layers": m.need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": m.same("attention.head_count_kv", heads),
+        "max_position_embeddings": m.need("context_length"),
+        "vocab_size": m.rows,
+        "tie_word_embeddings": m.tied,
+    }
+
+
+def _rope(m: Metadata) -> dict[str, Any]:
+    """Base and scaling. A scaling that llama.cpp keeps as divisors of the frequencies is recognised as Llama 3's, or else
+    given as those divisors: a LongRoPE that is the same at every length."""
+    base = m.get("rope.freq_base", 10000.0)
+    kind, factor = m.get("rope.scaling.type", "linear"), m.get("rope.scaling.factor", m.get("rope.scale_linear", 1.0))
+    length = m.get("rope.scaling.original_context_length")
+    scaling = None
+    if kind == "yarn":
+        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
+        for ours, theirs in (("yarn_attn_factor", "attention_factor"), ("yarn_beta_fast", "beta_fast"),
+                             ("yarn_beta_slow", "beta_slow")):
+            value = m.get(f"rope.scaling.{ours}")
+            scaling |= {} if value is None else {theirs: value}
+        if length is None:
+            raise ValueError(f"{m.path} lacks the metadata {m.architecture}.rope.scaling.original_context_length")
+    elif kind == "linear":
+        scaling = {"rope_type": "linear", "factor": factor} if factor not in (0.0, 1.0) else None
+    elif kind != "none":
+        raise m.unsupported(f"rope scaling of type {kind!r}")
+    if FACTORS in m.tensors:
+        if scaling is not None:
+            raise m.unsupported(f"{FACTORS} beside rope scaling of type {kind!r}")
+        scaling = _divisors(m, m.array(FACTORS), base, length)
+    return {"rope_theta": base, "rope_scaling": scaling}
+
+
+def _divisors(m: Metadata, factors: np.ndarray, base: float, length: int | None) -> dict[str, Any] | None:
+    """The scaling whose frequencies are the plain ones over `factors`."""
+    factor, width = float(factors.max()), 2 * factors.size
+    if factor == 1 and factors.min() == 1:
+        return None
+    # Llama 3.1 to 3.3 all keep what turns more than 4 times within 8192 tokens and divide what turns less than once.
+    original, low, high = length or 8192, 1.0, 4.0
+    turns = original / (2 * math.pi) * base ** -(np.arange(0, width, 2) / width)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    if np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-5, atol=0):
+        return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+                "original_max_position_embeddings": original}
+    listed = [float(str(number)) for number in factors]
+    return {"rope_type": "longrope", "short_factor": listed, "long_factor": listed, "attention_factor": 1.0, "factor": 1.0,
+            "original_max_position_embeddings": m.need("context_length")}
+
+
+def _llama(m: Metadata) -> dict[str, Any]:
+    window = m.get("attention.sliding_window", 0)
+    if m.get("rope.dimension_count", m.head_width) != m.head_width:
+        raise m.unsupported("a rotation of part of each head")
+    cfg = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **_shape(m), **_rope(m), "hidden_act": "silu",
+           "head_dim": m.head_width, "rms_norm_eps": m.need("attention.layer_norm_rms_epsilon")}
+    if window:
+        return cfg | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
+    return cfg | {"attention_bias": "blk.0.attn_q.bias" in m.tensors, "mlp_bias": "blk.0.ffn_gate.bias" in m.tensors}
+
+
+def _smollm3(m: Metadata) -> dict[str, Any]:
+    cfg = _llama(m)
+    del cfg["head_dim"]
+    layers = range(1, cfg["num_hidden_layers"] + 1)
+    return cfg | {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "no_rope_layer_interval": 4,
+                  "no_rope_layers": [int(layer % 4 != 0) for layer in layers], "use_sliding_window": False}
+
+
+def _qwen2(m: Metadata) -> dict[str, Any]:
+    return {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **_shape(m), **_rope(m), "hidden_act": "silu",
+            "rms_norm_eps": m.need("attention.layer_norm_rms_epsilon"), "use_sliding_window": False}
+
+
+def _qwen3(m: Metadata) -> dict[str, Any]:
+    return _qwen2(m) | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": m.head_width,
+                        "attention_bias": "blk.0.attn_q.bias" in m.tensors}
+
+
+def _gemma(m: Metadata) -> dict[str, Any]:
+    return {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], **_shape(m), **_rope(m),
+            "head_dim": m.head_width, "rms_norm_eps": m.need("attention.layer_norm_rms_epsilon"),
+            "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+
+
+def _layer_types(m: Metadata, period: int, windowed: Callable[[int, int], bool]) -> list[str]:
+    """From the metadata's list over layers or its period, by default `period`."""
+    pattern = m.get("attention.sliding_window_pattern", period)
+    layers = range(m.need("block_count"))
+    local = pattern if isinstance(pattern, list) else [windowed(layer, pattern) for layer in layers]
+    return ["sliding_attention" if here else "full_attention" for here in local]
+
+
+def _score_scale(m: Metadata, biggest: int) -> int:
+    """The 27B models, known by their number of layers, scale by width per head, the others by the head's own width."""
+    if m.need("block_count") == biggest:
+        return m.need("embedding_length") // m.same("attention.head_count")
+    return m.head_width
+
+
+def _gemma2(m: Metadata) -> dict[str, Any]:
+    return _gemma(m) | {
+        "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": _score_scale(m, 46),
+        "attn_logit_softcapping": m.get("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": m.get("final_logit_softcapping", 30.0),
+        "sliding_window": m.get("attention.sliding_window", 4096),
+        "layer_types": _layer_types(m, 2, lambda layer, period: layer % period < period - 1),
+    }
+
+
+def _gemma3(m: Metadata) -> dict[str, Any]:
+    window = m.get("attention.sliding_window", 0)
+    period = 6 if window else 1
+    return _gemma(m) | {
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "query_pre_attn_scalar": _score_scale(m, 62),
+        "attn_logit_softcapping": None, "final_logit_softcapping": m.get("final_logit_softcapping") or None,
+        "sliding_window": window or None, "rope_theta": m.get("rope.freq_base", 1e6),
+        "rope_local_base_freq": m.get("rope.freq_base_swa", 10000.0),
+        "layer_types": _layer_types(m, period, lambda layer, period: layer % period < period - 1),
+    }
+
+
+def _phi3(m: Metadata) -> dict[str, Any]:
+    cfg = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], **_shape(m), **_rope(m), "hidden_act": "silu",
+           "rms_norm_eps": m.need("attention.layer_norm_rms_epsilon"),
+           "partial_rotary_factor": m.get("rope.dimension_count", m.head_width) / m.head_width,
+           "sliding_window": m.get("attention.sliding_window") or None}
+    longest = cfg["max_position_embeddings"]
+    original = cfg["original_max_position_embeddings"] = m.get("rope.scaling.original_context_length", longest)
+    if LONG not in m.tensors or SHORT not in m.tensors:
+        return cfg
+    short, long = ([float(str(number)) for number in m.array(name)] for name in (SHORT, LONG))
+    cfg["rope_scaling"] = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+    usual = math.sqrt(1 + math.log(longest / original) / math.log(original)) if longest > original else 1.0
+    magnitude = m.get("rope.scaling.attn_factor", usual)
+    if not math.isclose(magnitude, usual, rel_tol=1e-5):
+        cfg["rope_scaling"]["attention_factor"] = magnitude
+    return cfg
+
+
+def _olmo2(m: Metadata) -> dict[str, Any]:
+    return {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], **_shape(m), **_rope(m), "hidden_act": "silu",
+            "rms_norm_eps": m.need("attention.layer_norm_rms_epsilon"),
+            "attention_bias": "blk.0.attn_q.bias" in m.tensors}
+
+
+def _starcoder2(m: Metadata) -> dict[str, Any]:
+    return {"model_type": "starcoder2", "architectures": ["Starcoder2ForCausalLM"], **_shape(m), **_rope(m),
+            "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": m.need("attention.layer_norm_epsilon"),
+            "use_bias": "blk.0.attn_q.bias" in m.tensors, "sliding_window": None}
+
+
+def _gpt2(m: Metadata) -> dict[str, Any]:
+    width = m.need("embedding_length")
+    if "position_embd.weight" not in m.tensors:
+        raise ValueError(f"{m.path} lacks the tensor position_embd.weight")
+    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": width, "n_layer": m.need("block_count"),
+            "n_head": m.same("attention.head_count"), "n_inner": m.tensors["blk.0.ffn_up.weight"].shape[0],
+            "n_positions": m.tensors["position_embd.weight"].shape[0], "vocab_size": m.rows,
+            "layer_norm_epsilon": m.need("attention.layer_norm_epsilon"), "activation_function": "gelu_new",
+            "tie_word_embeddings": m.tied}
+
+
+def _gptneox(m: Metadata) -> dict[str, Any]:
+    cfg = _shape(m)
+    del cfg["num_key_value_heads"]
+    return {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], **cfg, **_rope(m), "hidden_act": "gelu",
+            "layer_norm_eps": m.need("attention.layer_norm_epsilon"),
+            "rotary_pct": m.get("rope.dimension_count", m.head_width) / m.head_width,
+            "use_parallel_residual": m.get("use_parallel_residual", True),
+            "attention_bias": "blk.0.attn_qkv.bias" in m.tensors}
+
+
+def _falcon(m: Metadata) -> dict[str, Any]:
+    layout = m.get("tensor_data_layout", "jploski")
+    if layout != "jploski":
+        raise m.unsupported(f"tensor data layout {layout!r}")
+    heads = m.same("attention.head_count")
+    groups = m.same("attention.head_count_kv", 1)
+    two_norms = "blk.0.attn_norm_2.weight" in m.tensors
+    return {"model_type": "falcon", "architectures": ["FalconForCausalLM"], "hidden_size": m.need("embedding_length"),
+            "num_hidden_layers": m.need("block_count"), "num_attention_heads": heads, "num_kv_heads": groups,
+            "ffn_hidden_size": m.same("feed_forward_length"), "vocab_size": m.rows, "tie_word_embeddings": m.tied,
+            "max_position_embeddings": m.need("context_length"), **_rope(m), "activation": "gelu",
+            "layer_norm_epsilon": m.need("attention.layer_norm_epsilon"), "bias": False, "alibi": False,
+            "new_decoder_architecture": two_norms or groups > 1, "multi_query": True, "parallel_attn": True,
+            "num_ln_in_parallel_attn": 2 if two_norms else 1}
+
+
+def _mpt(m: Metadata) -> dict[str, Any]:
+    width, heads = m.need("embedding_length"), m.same("attention.head_count")
+    top = m.get("attention.max_alibi_bias", 0.0)
+    if top == 0 or "position_embd.weight" in m.tensors:
+        raise m.unsupported("positions other than ALiBi")
+    if top != int(top):
+        raise m.unsupported(f"an ALiBi maximum of {top}")
+    if m.same("attention.head_count_kv", heads) != heads:
+        raise m.unsupported("fewer key-value heads than query heads")
+    return {"model_type": "mpt", "architectures": ["MptForCausalLM"], "d_model": width, "n_heads": heads,
+            "n_layers": m.need("block_count"), "expansion_ratio": m.same("feed_forward_length") // width,
+            "max_seq_len": m.need("context_length"), "vocab_size": m.rows, "no_bias": True, "learned_pos_emb": False,
+            "layer_norm_epsilon": m.need("attention.layer_norm_epsilon"), "tie_word_embeddings": m.tied,
+            "attn_config": {"attn_type": "multihead_attention", "alibi": True, "alibi_bias_max": int(top),
+                            "clip_qkv": m.get("attention.clamp_kqv") or None, "qk_ln": False, "prefix_lm": False,
+                            "softmax_scale": None}}
+
+
+def _bloom(m: Metadata) -> dict[str, Any]:
+    return {"model_type": "bloom", "architectures": ["BloomForCausalLM"], "hidden_size": m.need("embedding_length"),
+            "n_layer": m.need("block_count"), "n_head": m.same("attention.head_count"), "vocab_size": m.rows,
+            "layer_norm_epsilon": m.need("attention.layer_norm_epsilon"), "seq_length": m.need("context_length"),
+            "tie_word_embeddings": m.tied}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """How one of llama.cpp's architectures becomes a Hugging Face one.
+
+    Attributes:
+      config: makes the config.json.
+      modules: the checkpoint's modules that may have a weight or a bias, by their Hugging Face names; {i} is a layer.
+      undo: what to do to the tensors of a module whose name ends so, to have them as the checkpoint has them.
+    """
+
+    config: Callable[[Metadata], dict[str, Any]]
+    modules: tuple[str, ...]
+    undo: Mapping[str, Undo] = dataclasses.field(default_factory=dict)
+
+
+_OUTER = ("model.embed_tokens", "model.norm", "lm_head")
+_QKV = tuple(f"model.layers.{{i}}.self_attn.{part}_proj" for part in "qkvo")
+_GATED = tuple(f"model.layers.{{i}}.mlp.{part}_proj" for part in ("gate", "up", "down"))
+_QK_NORM = ("model.layers.{i}.self_attn.q_norm", "model.layers.{i}.self_attn.k_norm")
+_BEFORE = ("model.layers.{i}.input_layernorm", "model.layers.{i}.post_attention_layernorm")
+_AFTER = ("model.layers.{i}.post_attention_layernorm", "model.layers.{i}.post_feedforward_layernorm")
+_SANDWICH = ("model.layers.{i}.input_layernorm", "model.layers.{i}.pre_feedforward_layernorm", *_AFTER)
+_LLAMA = (*_OUTER, *_BEFORE, *_QKV, *_GATED)
+_HALVES = {"q_proj": partial(_half_rotation, "num_attention_heads"),
+           "k_proj": partial(_half_rotation, "num_key_value_heads")}
+_BLOOM = tuple(f"transformer.h.{{i}}.{part}" for part in (
+    "input_layernorm", "self_attention.query_key_value", "self_attention.dense", "post_attention_layernorm",
+    "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"))
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(_llama, _LLAMA, _HALVES),
+    "smollm3": Architecture(_smollm3, _LLAMA, _HALVES),
+    "qwen2": Architecture(_qwen2, _LLAMA),
+    "qwen3": Architecture(_qwen3, (*_LLAMA, *_QK_NORM)),
+    "gemma": Architecture(_gemma, _LLAMA, {"norm": _less_one}),
+    "gemma2": Architecture(_gemma2, (*_OUTER, *_SANDWICH, *_QKV, *_GATED), {"norm": _less_one}),
+    "gemma3": Architecture(_gemma3, (*_OUTER, *_SANDWICH, *_QKV, *_QK_NORM, *_GATED), {"norm": _less_one}),
+    "phi3": Architecture(_phi3, (
+        *_OUTER, *_BEFORE, "model.layers.{i}.self_attn.qkv_proj", "model.layers.{i}.self_attn.o_proj",
+        "model.layers.{i}.mlp.gate_up_proj", "model.layers.{i}.mlp.down_proj")),
+    "olmo2": Architecture(_olmo2, (*_OUTER, *_AFTER, *_QKV, *_QK_NORM, *_GATED)),
+    "starcoder2": Architecture(_starcoder2, (
+        *_OUTER, *_BEFORE, *_QKV, "model.layers.{i}.mlp.c_fc", "model.layers.{i}.mlp.c_proj")),
+    "gpt2": Architecture(_gpt2, (
+        "transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head",
+        *(f"transformer.h.{{i}}.{part}" for part in (
+            "ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"))),
+        {"c_attn": _transpose, "c_proj": _transpose, "c_fc": _transpose}),
+    "gptneox": Architecture(_gptneox, (
+        "gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out",
+        *(f"gpt_neox.layers.{{i}}.{part}" for part in (
+            "input_layernorm", "attention.query_key_value", "attention.dense", "post_attention_layernorm",
+            "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"))),
+        {"query_key_value": partial(_by_head, "num_attention_heads")}),
+    "falcon": Architecture(_falcon, (
+        "transformer.word_embeddings", "transformer.ln_f", "lm_head", "transformer.h.{i}.ln_attn",
+        "transformer.h.{i}.ln_mlp", *_BLOOM), {"query_key_value": _by_group}),
+    "mpt": Architecture(_mpt, (
+        "transformer.wte", "transformer.norm_f", "lm_head",
+        *(f"transformer.blocks.{{i}}.{part}" for part in (
+            "norm_1", "attn.Wqkv", "attn.out_proj", "norm_2", "ffn.up_proj", "ffn.down_proj")))),
+    "bloom": Architecture(_bloom, (
+        "transformer.word_embeddings", "transformer.word_embeddings_layernorm", "transformer.ln_f", "lm_head", *_BLOOM),
+        {"query_key_value": partial(_by_head, "n_head")}),
+}
+
+
+class GgufSource:
+    """A GGUF file as a checkpoint: a `jaxlm.io.source.Source`.
+
+    Attributes:
+      config: what the checkpoint's config.json said, as far as the file records it.
+      tokenizer_fields: the metadata under "tokenizer.", for `jaxlm.data.tokenizer.Tokenizer.from_gguf`.
+
+    Raises:
+      ImportError: without the gguf package.
+      ValueError: for what is no GGUF file, a truncated one, another version, an architecture, quantisation, tensor or field
+        that is not supported; names it and what is.
+    """
+
+    config: dict[str, Any]
+    tokenizer_fields: dict[str, Any]
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        self._package = _package()
+        self._data = _open(path)
+        fields, infos, start = _header(path, self._data)
+        name = fields.get("general.architecture")
+        if name not in ARCHITECTURES:
+            raise ValueError(f"{path} holds the architecture {name!r}; supported in GGUF are {', '.join(ARCHITECTURES)}")
+        if fields.get("split.count", 1) > 1:
+            raise ValueError(f"{path} is one of {fields['split.count']} parts: merge them with llama-gguf-split --merge")
+        architecture = ARCHITECTURES[name]
+        tensors = self._place(infos, start)
+        if "token_embd.weight" not in tensors:
+            raise ValueError(f"{path} lacks the tensor token_embd.weight: it holds {len(tensors)} tensors and no model")
+        m = Metadata(self.path, fields, tensors, lambda tensor: self._array(tensors[tensor]))
+        self.config = architecture.config(m)
+        for key, neutral in NEUTRAL.items():
+            value = fields.get(f"{name}.{key}", neutral)
+            if key not in m.read and value not in (neutral, 0):
+                raise m.unsupported(f"{name}.{key} is {value}")
+        for key in ("bos_token_id", "eos_token_id", "padding_token_id"):
+            if f"tokenizer.ggml.{key}" in fields:
+                self.config[key.replace("padding", "pad")] = fields[f"tokenizer.ggml.{key}"]
+        self.tokenizer_fields = {key: value for key, value in fields.items() if key.startswith("tokenizer.")}
+        self._tensors, self._undo = self._rename(name, architecture, m.need("block_count"), tensors)
+
+    def _place(self, infos: list[tuple], start: int) -> dict[str, Tensor]:
+        """Checks that every tensor lies within the file and is of a kind that can be read."""
+        kinds, sizes = self._package.GGMLQuantizationType, self._package.GGML_QUANT_SIZES
+        tensors, readable = {}, set()
+        for name, shape, number, offset in infos:
+            if number not in (*kinds,):
+                raise ValueError(f"{self.path}: tensor {name} is of the unknown type {number}")
+            kind = kinds(number)
+            numbers, size = sizes[kind]
+            if kind not in readable and not self._decodes(kind):
+                raise ValueError(f"{self.path}: tensor {name} is {kind.name}, which the gguf package cannot dequantise")
+            readable.add(kind)
+            if not shape or shape[-1] % numbers:
+                raise ValueError(f"{self.path}: tensor {name} of shape {shape} cannot be {kind.name}, which comes in blocks "
+                                 f"of {numbers}")
+            tensors[name] = Tensor(name, kind, shape, start + offset, math.prod(shape) // numbers * size)
+            end = tensors[name].start + tensors[name].nbytes
+            if end > len(self._data):
+                raise ValueError(f"{self.path} is truncated: tensor {name} ends at byte {end}, the file at {len(self._data)}")
+        return tensors
+
+    def _decodes(self, kind: Any) -> bool:
+        block = np.zeros((1, self._package.GGML_QUANT_SIZES[kind][1]), np.uint8)
+        try:
+            self._package.quants.dequantize(block, kind)
+        except NotImplementedError:
+            return False
+        return True
+
+    def _rename(self, name: str, architecture: Architecture, layers: int,
+                tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Undo]]:
+        """Tensors, and what to undo where there is something, by Hugging Face name."""
+        number = next(key for key, value in self._package.MODEL_ARCH_NAMES.items() if value == name)
+        table = self._package.get_tensor_name_map(number, layers)
+        # Two of Falcon's norms share a GGUF name: which it is depends on whether a block has one norm or two.
+        one = self.config.get("num_ln_in_parallel_attn") == 1
+        absent = ("ln_attn", "ln_mlp") if one else ("input_layernorm",) if name == "falcon" else ()
+        found, undo = {}, {}
+        for template in architecture.modules:
+            if template.endswith(absent or "\0"):
+                continue
+            change = next((change for end, change in architecture.undo.items() if template.endswith(end)), None)
+            for layer in range(layers if "{i}" in template else 1):
+                module = template.replace("{i}", str(layer))
+                theirs = table.get_name(module) or table.get_name(module.removeprefix("transformer.")) or "output"
+                for part in ("weight", "bias"):
+                    if f"{theirs}.{part}" in tensors:
+                        found[f"{module}.{part}"] = tensors[f"{theirs}.{part}"]
+                        if change is not None:
+                            undo[f"{module}.{part}"] = change
+        used = {tensor.name for tensor in found.values()} | {FACTORS, SHORT, LONG}
+        left = sorted(tensors.keys() - used)
+        if left:
+            raise ValueError(f"{self.path}: {len(left)} tensors have no place in {name} as supported, such as "
+                             f"{', '.join(left[:5])}")
+        return found, undo
+
+    def _array(self, tensor: Tensor) -> np.ndarray:
+        kinds = self._package.GGMLQuantizationType
+        plain = {kinds.F32: np.float32, kinds.F16: np.float16, kinds.BF16: ml_dtypes.bfloat16}.get(tensor.kind)
+        if plain is not None:
+            return np.frombuffer(self._data, plain, math.prod(tensor.shape), tensor.start).reshape(tensor.shape)
+        width = tensor.shape[-1]
+        rows = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.start).reshape(math.prod(tensor.shape) // width, -1)
+        if rows.shape[0] * width < PARALLEL:
+            return self._package.quants.dequantize(rows, tensor.kind).reshape(tensor.shape)
+        out = np.empty((rows.shape[0], width), np.float32)
+        step = max(1, PARALLEL // 4 // width)
+
+        def decode(start: int) -> None:
+            out[start:start + step] = self._package.quants.dequantize(rows[start:start + step], tensor.kind)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(decode, range(0, rows.shape[0], step)))
+        return out.reshape(tensor.shape)
+
+    def _find(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise ValueError(f"{self.path} has no tensor {name}; there are {', '.join(list(self._tensors)[:5])} ...")
+        return self._tensors[name]
+
+    def names(self) -> set[str]:
+        """Hugging Face names of all tensors."""
+        return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As the checkpoint had it."""
+        shape = self._find(name).shape
+        return shape[::-1] if self._undo.get(name) is _transpose else shape
+
+    def read(self, name: str) -> np.ndarray:
+        """float32 where the file is quantised, else float32, float16 or bfloat16 as the file has it (then often a view)."""
+        array = self._array(self._find(name))
+        return self._undo[name](array, self.config) if name in self._undo else array

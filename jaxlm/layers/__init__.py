@@ -1,0 +1,1 @@
+"""The parts of a block: each file has `spec(cfg) -> tree of Param` beside `apply(params, cfg, x, ...)`."""

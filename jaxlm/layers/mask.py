@@ -1,0 +1,81 @@
+"""Who may attend to whom, described by positions and segments; arrays are made where they are used. True = may attend."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jaxlm import config
+from jaxlm.layers import position
+
+
+@flax.struct.dataclass
+class Context:
+    """What the layers know of the tokens, beside their vectors.
+
+    Attributes:
+      positions: int32 [B, T], -1 where there is no token.
+      segments: int32 [B, T] or None; tokens see only their own segment, 0 is padding.
+      mask: bool [B or 1, T, T] or None; takes the place of the causal rule among the T tokens (a tree, a prefix).
+      length: int32 [B] or None; committed slots of each row of the cache.
+      rotations: cosines and sines by (Rope, rotated width): see `jaxlm.layers.position.rotations`.
+    """
+
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"] | None
+    mask: Bool[Array, "B T T"] | None
+    length: Int[Array, "B"] | None
+    rotations: dict[Any, Any]
+
+
+def _count(batch: int, width: int, length: Array | None, segments: Array | None) -> Int[Array, "B T"]:
+    """Positions from the cache's length on; restarting in each segment, -1 in segment 0."""
+    index = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (batch, width))
+    if segments is None:
+        return index if length is None else index + length[:, None]
+    starts = jnp.concatenate([jnp.ones((batch, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    start = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return jnp.where(segments == 0, -1, index - start)
+
+
+def describe(layers: Iterable[config.Attention], batch: int, width: int, positions: Int[Array, "B T"] | None = None,
+             segments: Int[Array, "B T"] | None = None, mask: Bool[Array, "B T T"] | None = None,
+             length: Int[Array, "B"] | None = None, total: Int[Array, "B"] | None = None) -> Context:
+    """The context of a call for these layers, T = `width`; arguments as `jaxlm.model.forward` takes them.
+
+    Args:
+      total: tokens each row will hold when its text is complete; default up to the largest position.
+    """
+    if positions is None:
+        positions = _count(batch, width, length, segments)
+    reach = jnp.max(positions, axis=1) + 1 if total is None else total
+    reach = jnp.maximum(reach[:, None], positions + 1)
+    return Context(positions, segments, mask, length, position.rotations(layers, positions, reach))
+
+
+def among(cfg: config.Attention, context: Context) -> Bool[Array, "B T T"]:
+    """Which of the T tokens each of them may see."""
+    positions = context.positions
+    query, key = positions[:, :, None], positions[:, None, :]
+    allowed = (key >= 0) & (query >= 0)
+    if context.mask is not None:
+        allowed = allowed & context.mask
+    elif cfg.causal:
+        allowed = allowed & (key <= query)
+    if cfg.window is not None:
+        allowed = allowed & (query - key < cfg.window) & (key - query < cfg.window)
+    if context.segments is not None:
+        allowed = allowed & (context.segments[:, :, None] == context.segments[:, None, :])
+    return allowed
+
+
+def committed(cfg: config.Attention, context: Context, slots: int) -> Bool[Array, "B T S"]:
+    """Which slots of the cache each of the T tokens may see."""
+    slot = jnp.arange(slots, dtype=jnp.int32)[None, None, :]
+    allowed = slot < context.length[:, None, None]
+    if cfg.window is not None:
+        allowed = allowed & (context.positions[:, :, None] - slot < cfg.window)
+    return jnp.broadcast_to(allowed, (*context.positions.shape, slots))

@@ -1,0 +1,114 @@
+"""What a weight can be, and the only three things that layers do with one: `einsum`, `take`, `dense`.
+
+A weight is a leaf: a plain array or `Int8`. Layers never ask which. Turning one kind into another is a function from
+tree to tree, and new kinds are added here alone.
+"""
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@flax.struct.dataclass
+class Int8:
+    """An 8-bit weight: values * scale, where scale has size 1 along the dimensions that share it.
+
+    Attributes:
+      values: int8, the weight's own shape.
+      scale: float, same rank, 1 along each dimension that products sum over.
+    """
+
+    values: Int[Array, "..."]
+    scale: Float[Array, "..."]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's own shape."""
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """The weight's own rank."""
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """What `dense` gives."""
+        return self.scale.dtype
+
+
+Weight = Array | Int8
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether a node of a parameter tree is one whole weight: for `jax.tree.map(..., is_leaf=is_weight)`."""
+    return isinstance(leaf, Int8)
+
+
+def quantize(w: Float[Array, "..."], inputs: tuple[int, ...]) -> Int8:
+    """Rounds to 8 bits, symmetric, one scale for all numbers that differ only along `inputs`.
+
+    Example:
+      >>> q = quantize(jnp.array([[1.0, -2.0], [0.5, 4.0]]), inputs=(0,))
+      >>> q.scale.shape, float(jnp.max(jnp.abs(dense(q) - jnp.array([[1.0, -2.0], [0.5, 4.0]])))) < 0.02
+      ((1, 2), True)
+    """
+    top = jnp.max(jnp.abs(w), axis=inputs, keepdims=True)
+    scale = jnp.where(top > 0, top / 127, jnp.ones_like(top))
+    return Int8(jnp.round(w / scale).astype(jnp.int8), scale)
+
+
+def dense(w: Weight) -> Float[Array, "..."]:
+    """The weight as a plain array."""
+    if isinstance(w, Int8):
+        return w.values.astype(w.scale.dtype) * w.scale
+    return w
+
+
+def _product(equation: str, x: Float[Array, "..."], w: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
+    """`jnp.einsum` as one dot_general with its sums in the weight's own order: einsum may sort them, and so copy the weight."""
+    operands, out = equation.split("->")
+    left, right = operands.split(",")
+    summed = [letter for letter in right if letter in left and letter not in out]
+    if "".join(c for c in left if c not in summed) + "".join(c for c in right if c not in summed) != out:
+        return jnp.einsum(equation, x, w, preferred_element_type=dtype)
+    where = (tuple(left.index(c) for c in summed), tuple(right.index(c) for c in summed))
+    return jax.lax.dot_general(x, w, (where, ((), ())), preferred_element_type=dtype)
+
+
+def einsum(equation: str, x: Float[Array, "..."], w: Weight, dtype: Any = None) -> Float[Array, "..."]:
+    """`jnp.einsum(equation, x, w)` in x's dtype, the result (and what it is summed in) in `dtype` when given.
+
+    Int8 scales are applied to the product, not to the weight, where no summed dimension has a scale of its own: the weight
+    then goes through memory as 8 bits.
+    """
+    if not isinstance(w, Int8):
+        return _product(equation, x, w.astype(x.dtype), dtype)
+    letters, out = equation.split(",")[1].split("->")
+    if any(w.scale.shape[i] != 1 for i, letter in enumerate(letters) if letter not in out):
+        return _product(equation, x, dense(w).astype(x.dtype), dtype)
+    product = _product(equation, x, w.values.astype(x.dtype), dtype)
+    kept = [i for i, letter in enumerate(letters) if letter in out]
+    kept.sort(key=lambda i: out.index(letters[i]))
+    scale = w.scale.transpose(*kept, *(i for i in range(w.ndim) if i not in kept))
+    sizes = {letters[i]: w.scale.shape[i] for i in kept}
+    return product * scale.reshape([sizes.get(letter, 1) for letter in out]).astype(product.dtype)
+
+
+def take(w: Weight, ids: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
+    """Rows of an embedding [V, D], in `dtype`. Ids must be within range: see `jaxlm.model.check_tokens`."""
+    if isinstance(w, Int8):
+        rows = jnp.take(w.values, ids, axis=0, mode="clip").astype(dtype)
+        shared = w.scale.shape[0] == 1
+        scale = w.scale.reshape((1,) * ids.ndim + w.scale.shape[1:]) if shared else jnp.take(w.scale, ids, axis=0, mode="clip")
+        return rows * scale.astype(dtype)
+    return jnp.take(w, ids, axis=0, mode="clip").astype(dtype)
+
+
+def nbytes(w: Weight) -> int:
+    """Bytes the weight takes, scales included."""
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(w))
