@@ -142,9 +142,14 @@ class Rope:
 
 @dataclass(frozen=True)
 class Alibi:
-    """Scores lowered by slope * distance, a slope per query head. https://arxiv.org/abs/2108.12409"""
+    """Scores lowered by slope * distance, a slope per query head. https://arxiv.org/abs/2108.12409
+
+    `rounded`: slope * key position takes the place of the distance's product, rounded to bfloat16 whatever the computation's
+    dtype, as in Falcon's released code.
+    """
 
     slopes: tuple[float, ...]
+    rounded: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ compiles best for a CPU, and without the copies that slicing a stacked array cos
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -54,50 +55,60 @@ def apply(params: dict[str, Any], cfg: config.Stack, x: Float[Array, "B T D"], c
     Raises:
       ValueError: when only one of weights and cache is unrolled.
     """
-    taps = tuple(taps)
-    kept = tuple(x if tap == 0 else jnp.zeros_like(x) for tap in taps)
-    layer, new = 0, []
+    kept = {tap: x for tap in taps}  # a tap that is still to come holds x's place
+    layer, new = jnp.zeros((), jnp.int32), []
     for g, group in enumerate(cfg.groups):
         trees = tuple(params[str(g)][str(p)] for p in range(len(group.pattern)))
-        cached = None if cache is None else cache[g]
+        caches = None if cache is None else cache[g]
         unrolled = isinstance(trees[0], tuple)
-        if cached is not None and isinstance(cached[0].k, tuple) != unrolled:
+        if caches is not None and isinstance(caches[0].k, tuple) != unrolled:
             raise ValueError("weights and cache must both be stacked or both be unstacked: see jaxlm.model.unstack and "
                              "jaxlm.cache.unstack")
-
-        def repeat(carry: Any, trees: Any, caches: Any, group: config.Group = group) -> tuple[Any, Any]:
-            x, kept, layer = carry
-            fresh = []
-            for p, one in enumerate(group.pattern):
-                def run(tree: Any, x: Array, context: Context, cached: Any, one: config.Block = one) -> Any:
-                    return block.apply(tree, one, x, context, cached)
-                if remat is not None:
-                    run = jax.checkpoint(run, policy=remat)
-                x, kv = run(trees[p], x, context, None if caches is None else caches[p])
-                layer = layer + 1
-                kept = tuple(jnp.where(layer == tap, x, old) for tap, old in zip(taps, kept, strict=True))
-                fresh.append(kv)
-            return (x, kept, layer), tuple(fresh)
-
-        if unrolled:
-            outs = []
-            for r in range(group.repeats):
-                mine = None if cached is None else tuple(_at(kv, r) for kv in cached)
-                (x, kept, layer), fresh = repeat((x, kept, layer), tuple(tree[r] for tree in trees), mine)
-                outs.append(fresh)
-            new.append(tuple(KeyValue(*(tuple(getattr(out[p], name) for out in outs) for name in "kv"))
-                             for p in range(len(group.pattern))))
-        else:
-            def body(carry: Any, xs: Any, cached: Any = cached, repeat: Any = repeat) -> tuple[Any, Any]:
-                trees, index = xs
-                return repeat(carry, trees, None if cached is None else jax.tree.map(
-                    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), cached))
-            carry = (x, kept, jnp.asarray(layer, jnp.int32))
-            (x, kept, _), fresh = jax.lax.scan(body, carry, (trees, jnp.arange(group.repeats)))
-            layer += group.repeats * len(group.pattern)
-            new.append(fresh)
-    return x, tuple(new), kept
+        through = _unrolled if unrolled else _scanned
+        (x, kept, layer), fresh = through(group, trees, caches, (x, kept, layer), context, remat)
+        new.append(fresh)
+    return x, tuple(new), tuple(kept[tap] for tap in taps)
 
 
-def _at(kv: KeyValue, repeat: int) -> KeyValue:
-    return KeyValue(kv.k[repeat], kv.v[repeat])
+Carry = tuple[Float[Array, "B T D"], dict[int, Float[Array, "B T D"]], Array]
+
+
+def _once(group: config.Group, trees: Sequence[Any], caches: Sequence[KeyValue] | None, carry: Carry, context: Context,
+          remat: Any) -> tuple[Carry, tuple[KeyValue, ...]]:
+    """The group's pattern of blocks, once."""
+    x, kept, layer = carry
+    fresh = []
+    for p, one in enumerate(group.pattern):
+        run = partial(_block, one)
+        if remat is not None:
+            run = jax.checkpoint(run, policy=remat)
+        x, kv = run(trees[p], x, context, None if caches is None else caches[p])
+        layer = layer + 1
+        kept = {tap: jnp.where(layer == tap, x, old) for tap, old in kept.items()}
+        fresh.append(kv)
+    return (x, kept, layer), tuple(fresh)
+
+
+def _block(cfg: config.Block, params: Any, x: Array, context: Context, cached: KeyValue | None) -> tuple[Array, KeyValue]:
+    return block.apply(params, cfg, x, context, cached)
+
+
+def _unrolled(group: config.Group, trees: Sequence[Any], caches: Sequence[KeyValue] | None, carry: Carry, context: Context,
+              remat: Any) -> tuple[Carry, tuple[KeyValue, ...]]:
+    outs = []
+    for r in range(group.repeats):
+        mine = None if caches is None else tuple(KeyValue(kv.k[r], kv.v[r]) for kv in caches)
+        carry, fresh = _once(group, [tree[r] for tree in trees], mine, carry, context, remat)
+        outs.append(fresh)
+    return carry, tuple(KeyValue(tuple(kv.k for kv in place), tuple(kv.v for kv in place)) for place in zip(*outs, strict=True))
+
+
+def _scanned(group: config.Group, trees: Sequence[Any], caches: Sequence[KeyValue] | None, carry: Carry, context: Context,
+             remat: Any) -> tuple[Carry, tuple[KeyValue, ...]]:
+    # The cache is indexed inside, not scanned over: scanning would copy all of it at every step.
+    def body(carry: Carry, xs: tuple[Any, Array]) -> tuple[Carry, tuple[KeyValue, ...]]:
+        trees, repeat = xs
+        mine = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, repeat, 0, keepdims=False), caches)
+        return _once(group, trees, mine, carry, context, remat)
+
+    return jax.lax.scan(body, carry, (tuple(trees), jnp.arange(group.repeats)))

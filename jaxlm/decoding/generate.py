@@ -23,6 +23,7 @@ from jaxlm.decoding import loop, stop
 from jaxlm.decoding.logits import Settings
 from jaxlm.model import Model
 
+
 @dataclasses.dataclass(frozen=True)
 class Forward:
     """The loop's step function for a decoder: compared by value, so equal models share a compiled program."""
@@ -69,6 +70,15 @@ def _run(step: Forward, params: PyTree, state: loop.State, request: loop.Request
 
 
 @dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Wall-clock seconds: `compile` both programs (0 when known), `prefill` up to every row's first token, `decode` the rest."""
+
+    compile: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Generation:
     """What was generated, a row per prompt.
 
@@ -78,8 +88,7 @@ class Generation:
       finish: "eos", "stop" or "length" for each row.
       logprobs: of each token under the model itself (before temperature, filters and penalties), or None.
       prompt_tokens: how many tokens each prompt has.
-      prefill_s: seconds until the first token of every row, compilation included when this shape is new.
-      decode_s: seconds for the tokens after the first.
+      seconds: what it took.
     """
 
     tokens: list[np.ndarray]
@@ -87,14 +96,13 @@ class Generation:
     finish: list[str]
     logprobs: list[np.ndarray] | None
     prompt_tokens: list[int]
-    prefill_s: float
-    decode_s: float
+    seconds: Seconds
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens after the first of each row, per second of decoding; 0 where there are none."""
         later = sum(max(len(row) - 1, 0) for row in self.tokens)
-        return later / self.decode_s if later and self.decode_s > 0 else 0.0
+        return later / self.seconds.decode if later else 0.0
 
 
 def _rows(name: str, value: Any, batch: int, low: float, high: float, off: float, kind: Any, open_low: bool = False) -> Any:
@@ -251,8 +259,8 @@ class _Job:
                                     jnp.asarray([*eos, *[-1] * (-len(eos) % 4)], jnp.int32), settings, prompted, automaton)
         self.logprobs, self.dtype = logprobs, dtype
 
-    def run(self, segment: int | None) -> Iterator[tuple[loop.State, float, float]]:
-        """The state after the prefill, then after each segment of the loop (None: one), with seconds spent in each."""
+    def run(self, segment: int | None) -> Iterator[tuple[loop.State, Seconds]]:
+        """The state after the prefill, then after each segment of the loop (None: one), with the seconds spent so far."""
         rows, cfg = self.rows, self.model.config
         longest = max(len(row) for row in rows)
         width = min(bucket(longest), cfg.length)
@@ -265,20 +273,24 @@ class _Job:
         lengths = np.array([len(row) for row in rows], np.int32)
         step = Forward(cfg, self.dtype)
         params = self.model.ready
-        began = time.perf_counter()
         with self.model.context():
-            state = _prefill(step, params, jnp.asarray(tokens), jnp.asarray(lengths), self.request, slots, capacity,
-                             self.logprobs)
-            state.last.block_until_ready()
-            prefill_s, decode_s = time.perf_counter() - began, 0.0
-            yield state, prefill_s, decode_s
+            began = time.perf_counter()
+            arguments = (params, jnp.asarray(tokens), jnp.asarray(lengths), self.request)
+            prefill = _prefill.lower(step, *arguments, slots, capacity, self.logprobs).compile()
+            compiled = time.perf_counter()
+            state = jax.block_until_ready(prefill(*arguments))
+            spent = Seconds(compile=compiled - began, prefill=time.perf_counter() - compiled)
+            yield state, spent
+            steps = jnp.asarray(capacity if segment is None else segment, jnp.int32)
             while not np.all(np.asarray(state.done)):
                 began = time.perf_counter()
-                state = _run(step, params, state, self.request,
-                             jnp.asarray(capacity if segment is None else segment, jnp.int32))
-                state.last.block_until_ready()
-                decode_s += time.perf_counter() - began
-                yield state, prefill_s, decode_s
+                # Looked up anew for every segment: on a mesh the loop may give back its state split in another way.
+                run = _run.lower(step, params, state, self.request, steps).compile()
+                compiled = time.perf_counter()
+                state = jax.block_until_ready(run(params, state, self.request, steps))
+                spent = dataclasses.replace(spent, compile=spent.compile + compiled - began,
+                                            decode=spent.decode + time.perf_counter() - compiled)
+                yield state, spent
 
     def check(self, state: loop.State) -> None:
         bad = np.flatnonzero(~np.asarray(state.finite))
@@ -286,7 +298,7 @@ class _Job:
             raise ValueError(f"the model's logits for row {bad[0]} are not finite after {int(state.count[bad[0]])} tokens: "
                              "its weights hold NaN or infinite values, or overflow in this dtype")
 
-    def result(self, state: loop.State, prefill_s: float, decode_s: float) -> Generation:
+    def result(self, state: loop.State, spent: Seconds) -> Generation:
         self.check(state)
         tokens, count = np.asarray(state.tokens), np.asarray(state.count)
         emitted = [tokens[i, :count[i]] for i in range(len(self.rows))]
@@ -300,7 +312,7 @@ class _Job:
                 text[i] = text[i][:_cut(text[i], self.stops[i])]
             finish.append("eos" if len(row) and int(row[-1]) in self.eos else "stop" if stopped[i] else "length")
         logprobs = None if state.logprobs is None else [np.asarray(state.logprobs)[i, :n] for i, n in enumerate(count)]
-        return Generation(emitted, text, finish, logprobs, [len(row) for row in self.rows], prefill_s, decode_s)
+        return Generation(emitted, text, finish, logprobs, [len(row) for row in self.rows], spent)
 
 
 class _Pieces:
@@ -373,11 +385,11 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
                frequency_penalty=frequency_penalty, logit_bias=logit_bias, banned_tokens=banned_tokens,
                stop_strings=stop_strings, eos=eos, key=key, logprobs=logprobs, dtype=dtype)
     pieces = None if on_text is None else _Pieces(model.tokenizer, job.stops)
-    for state, prefill_s, decode_s in job.run(None if on_text is None else segment):
+    for state, spent in job.run(None if on_text is None else segment):
         job.check(state)
         if pieces is not None:
             on_text(pieces.push(np.asarray(state.tokens), np.asarray(state.count)))
-    result = job.result(state, prefill_s, decode_s)
+    result = job.result(state, spent)
     if pieces is not None:
         on_text(pieces.finish(result.text))
     return result

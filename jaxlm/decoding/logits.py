@@ -126,6 +126,16 @@ def noise(keys: Key[Array, "B"], positions: Int[Array, "B"], vocabulary: int) ->
     return jax.vmap(row)(keys, positions)
 
 
+def first_of_top(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """argmax, the lowest id on ties, as two plain reductions: XLA turns them into vector code on every platform, an argmax not.
+
+    A row that holds NaN gives its last id.
+    """
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
+    return jnp.min(jnp.where(logits == top, ids, logits.shape[-1] - 1), axis=-1)
+
+
 def choose(logits: Float[Array, "B V"], settings: Settings, keys: Key[Array, "B"],
            positions: Int[Array, "B"]) -> Int[Array, "B"]:
     """The next token: argmax of logits plus noise, which draws from their softmax; without noise at temperature 0.
@@ -138,4 +148,4 @@ def choose(logits: Float[Array, "B V"], settings: Settings, keys: Key[Array, "B"
     if settings.temperature is not None:
         drawn = noise(keys, positions, logits.shape[-1])
         logits = logits + jnp.where((settings.temperature > 0)[:, None], drawn, 0.0)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return first_of_top(logits)

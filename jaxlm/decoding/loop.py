@@ -1,12 +1,11 @@
 """The compiled loop: one `lax.while_loop` that extends every row until it ends.
 
 The loop knows a model only as a step function (tokens, positions, mask, cache) -> (logits, new keys and values), so it is tested
-with a stub. Its state is one pytree; running it for a number of steps and again gives the same text as running it
-once, because a row's noise is keyed by its own key and the absolute position of the token, and by nothing else.
+with a stub. Its state is one pytree; running it for a number of steps and again gives the same text as running it once,
+because a row's noise is keyed by its own key and the absolute position of the token, and by nothing else.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
@@ -62,7 +61,7 @@ class Request:
 
     keys: Key[Array, "B"]
     limit: Int[Array, "B"]
-    eos: Int[Array, "n"]
+    eos: Int[Array, " n"]
     settings: Settings
     prompted: Bool[Array, "B V"] | None
     automaton: Automaton | None

@@ -23,7 +23,7 @@ class Automaton:
     """
 
     step: Int[Array, "states V"]
-    found: Bool[Array, "states"]
+    found: Bool[Array, " states"]
     start: Int[Array, "B"]
 
 

@@ -72,7 +72,7 @@ def _scores(cfg: config.Attention, q: Float[Array, "B K G T H"], k: Float[Array,
     if cfg.softcap is not None:
         scores = jnp.tanh(scores / cfg.softcap) * cfg.softcap
     if isinstance(cfg.position, config.Alibi):
-        scores = scores + position.alibi_bias(cfg.position.slopes, cfg.kv_heads, queries, keys)
+        scores = scores + position.alibi_bias(cfg.position, cfg.kv_heads, queries, keys)
     return jnp.where(allowed[:, None, None], scores, MASKED)
 
 

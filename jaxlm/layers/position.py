@@ -9,6 +9,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -114,9 +115,13 @@ def alibi_slopes(heads: int, top: float = 8.0) -> tuple[float, ...]:
     return tuple(slopes)
 
 
-def alibi_bias(slopes: tuple[float, ...], kv_heads: int, queries: Int[Array, "B T"],
-               keys: Int[Array, "B S"]) -> Float[Array, "B K G T S"]:
-    """-slope * distance between the positions, float32."""
+def alibi_bias(cfg: config.Alibi, kv_heads: int, queries: Int[Array, "B T"],
+               keys: Int[Array, "B S"]) -> Float[Array, "B K G T|1 S"]:
+    """-slope * distance between the positions, float32; when rounded, what differs from it by a constant per query."""
+    slope = jnp.asarray(cfg.slopes, jnp.float32).reshape(1, kv_heads, -1, 1, 1)
+    if cfg.rounded:
+        def rounded(x: Array) -> Array:  # a cast to bfloat16 and back is something that XLA may leave out
+            return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        return rounded(rounded(slope) * rounded(keys.astype(jnp.float32))[:, None, None, None])
     distance = jnp.abs(keys[:, None, :] - queries[:, :, None]).astype(jnp.float32)
-    slope = jnp.asarray(slopes, jnp.float32).reshape(1, kv_heads, -1, 1, 1)
     return -slope * distance[:, None, None]

@@ -1,0 +1,135 @@
+"""Continues a prompt, answers a question, or holds a conversation in the terminal.
+
+python -m infer.generate --model PATH --prompt "What is the capital of France?" --max-new-tokens 64
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import jax.numpy as jnp
+import tyro
+
+import jaxlm
+from infer import session
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Keep tokens at least this many times as likely as the likeliest."""
+    typical_p: float = 1.0
+    """Keep the tokens nearest to the entropy that together reach this probability."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that stand in prompt or answer."""
+    presence_penalty: float = 0.0
+    """Lowers the logits of tokens that stand in the answer."""
+    frequency_penalty: float = 0.0
+    """Lowers them once for every time they stand there."""
+    stop_strings: tuple[str, ...] = ()
+    """The answer ends before the first of these."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Continues a prompt, answers a question, or holds a conversation in the terminal."""
+
+    model: str
+    """A Hugging Face directory, a GGUF file, or the id of a model on the hub."""
+    prompt: str | None = None
+    """The text; default standard input, or with --chat what is typed."""
+    max_new_tokens: int = 256
+    """The most tokens to generate; less where the model's context ends before."""
+    chat: bool = False
+    """A conversation in the terminal: an empty line ends it."""
+    raw: bool = False
+    """Continue the text as it is, without the chat template of an instruction-tuned model."""
+    system: str | None = None
+    """What the system message says, for models whose template has one."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
+    seed: int = 0
+    """The same seed gives the same text."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of weights and computation; default float32 on a CPU, bfloat16 on accelerators."""
+    json: bool = False
+    """Print one JSON object on the last line of standard output, and the text for people on standard error."""
+
+
+def answer(model: jaxlm.Model, text: str, arguments: Arguments, show: Callable[[str], None]) -> jaxlm.Generation:
+    """One answer, shown as it comes."""
+    prompt = model.tokenizer.encode(text)
+    room = model.config.length - len(prompt)
+    if room < 1:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context is {model.config.length}")
+    options = dataclasses.asdict(arguments.sampling)
+    options["stop_strings"] = options["stop_strings"] or None
+    return jaxlm.generate(model, [prompt], min(arguments.max_new_tokens, room), key=arguments.seed,
+                          on_text=lambda pieces: show(pieces[0]), **options)
+
+
+def statistics(result: jaxlm.Generation) -> str:
+    """One line on how long it took."""
+    seconds = result.seconds
+    return (f"{result.prompt_tokens[0]} tokens in {seconds.prefill:.2f} s, {len(result.tokens[0])} out at "
+            f"{result.tokens_per_s:.1f} tokens/s, {seconds.compile:.1f} s compiling")
+
+
+def converse(model: jaxlm.Model, arguments: Arguments, console: Any) -> None:
+    """Question and answer until an empty line."""
+    if not model.tokenizer.has_chat_template:
+        raise ValueError("this model has no chat template, so it cannot hold a conversation: leave out --chat")
+    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    while True:
+        try:
+            text = console.input("[bold]> [/bold]")
+        except EOFError:
+            return
+        if not text.strip():
+            return
+        messages.append({"role": "user", "content": text})
+        result = answer(model, model.tokenizer.chat(messages), arguments,
+                        lambda piece: console.print(piece, end="", markup=False, soft_wrap=True))
+        messages.append({"role": "assistant", "content": result.text[0]})
+        console.print(f"\n[dim]{statistics(result)}[/dim]")
+
+
+def main(arguments: Arguments) -> None:
+    """Loads the model and generates."""
+    session.cache_compilations()
+    console = session.console(arguments.json)
+    if arguments.chat and arguments.json:
+        raise ValueError("--chat and --json do not go together")
+    with console.status(f"loading {arguments.model}"):
+        model = jaxlm.load(arguments.model, dtype=None if arguments.dtype is None else jnp.dtype(arguments.dtype))
+    if model.tokenizer is None:
+        raise ValueError(f"{arguments.model} has no tokenizer, so it cannot take text")
+    if arguments.chat:
+        converse(model, arguments, console)
+        return
+    text = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    if model.tokenizer.has_chat_template and not arguments.raw:
+        messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
+        text = model.tokenizer.chat([*messages, {"role": "user", "content": text}])
+    elif arguments.system:
+        raise ValueError("--system needs a model with a chat template, and no --raw")
+    result = answer(model, text, arguments, lambda piece: console.print(piece, end="", markup=False, soft_wrap=True))
+    console.print(f"\n[dim]{statistics(result)}[/dim]")
+    session.finish({
+        "tokens": result.tokens[0].tolist(), "text": result.text[0], "finish": result.finish[0],
+        "prompt_tokens": result.prompt_tokens[0], "compile_s": result.seconds.compile,
+        "prefill_s": result.seconds.prefill, "decode_s": result.seconds.decode, "tokens_per_s": result.tokens_per_s,
+    }, arguments.json)
+
+
+if __name__ == "__main__":
+    with session.errors():
+        main(tyro.cli(Arguments, description=__doc__))

@@ -1,0 +1,72 @@
+"""How well a model predicts a text: nats per token, bits per byte, perplexity.
+
+python -m infer.perplexity --model PATH --text FILE
+"""
+
+import math
+import pathlib
+import time
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+import tyro
+
+import jaxlm
+from infer import session
+
+
+def main(model: str, text: pathlib.Path, window: int = 1024, stride: int | None = None, limit: int | None = None,
+         batch: int = 1, dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """Scores a text in windows that overlap by window - stride tokens; overlapped tokens are context and counted once.
+
+    Args:
+      model: a Hugging Face directory, a GGUF file, or the id of a model on the hub.
+      text: a UTF-8 file.
+      window: tokens scored at once, at most the model's context.
+      stride: tokens from one window to the next; default the window, so that each starts without context.
+      limit: score only the first so many tokens.
+      batch: windows scored side by side.
+      dtype: of weights and computation; default float32 on a CPU, bfloat16 on accelerators.
+      as_json: print one JSON object on the last line of standard output.
+    """
+    session.cache_compilations()
+    console = session.console(as_json)
+    content = text.read_text(encoding="utf-8")
+    with console.status(f"loading {model}"):
+        loaded = jaxlm.load(model, dtype=None if dtype is None else jnp.dtype(dtype))
+    if loaded.tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer, so it cannot take text")
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window <= loaded.config.length or window < 2:
+        raise ValueError(f"it must hold that 1 <= stride ({stride}) <= window ({window}) <= the context "
+                         f"({loaded.config.length}), and window >= 2")
+    tokens = loaded.tokenizer.encode(content, parse_special=False)[:limit]
+    if len(tokens) < 2:
+        raise ValueError(f"{text} has {len(tokens)} tokens; a score needs two")
+    began = time.perf_counter()
+    starts = [start for start in range(0, len(tokens) - 1, stride) if start == 0 or start + window - stride < len(tokens)]
+    nats, scored = 0.0, 0
+    for first in range(0, len(starts), batch):
+        some = starts[first:first + batch]
+        for start, scores in zip(some, jaxlm.score(loaded, [tokens[s:s + window] for s in some]), strict=True):
+            fresh = scores[1 if start == 0 or stride == window else window - stride:]
+            nats -= float(fresh.astype("float64").sum())
+            scored += len(fresh)
+    seconds = time.perf_counter() - began
+    # Bytes of the tokens read: with a limit, those of the text that they are.
+    size = len(content.encode()) if limit is None else len(loaded.tokenizer.decode(tokens).encode())
+    result = {
+        "tokens": len(tokens), "scored": scored, "bytes": size, "nats_per_token": nats / scored,
+        "bits_per_byte": nats / scored * len(tokens) / size / math.log(2), "perplexity": math.exp(nats / scored),
+        "tokens_per_s": len(tokens) / seconds, "seconds": seconds,
+    }
+    console.print(f"{result['nats_per_token']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
+                  f"{result['bits_per_byte']:.4f} bits per byte over {scored} tokens ({size} bytes), "
+                  f"{result['tokens_per_s']:.0f} tokens/s")
+    session.finish(result, as_json)
+
+
+if __name__ == "__main__":
+    with session.errors():
+        tyro.cli(main, description=__doc__)
