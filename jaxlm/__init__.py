@@ -2,6 +2,7 @@
 
 from jaxlm.decoding.generate import Generation, generate
 from jaxlm.decoding.score import score
+from jaxlm.io import load, save
 from jaxlm.model import Model, forward
 
-__all__ = ["Generation", "Model", "forward", "generate", "score"]
+__all__ = ["Generation", "Model", "forward", "generate", "load", "save", "score"]

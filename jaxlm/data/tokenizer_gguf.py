@@ -6,6 +6,7 @@ byte-level BPE must know how text is cut before it is merged; a GGUF file names 
 `PRE_TOKENIZERS` says what the names mean. No file is read here.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,7 +35,7 @@ _DEEPSEEK_LETTERS = (
     "\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗ"
     "Ａ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
 )
-_CJK = r"[一-龥\u0800-一가-\ud7ff]+"
+_CJK = "[一-龥\u0800-一가-\ud7ff]+"
 _ASCII_MARK = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
 _DEEPSEEK3 = rf"{_ASCII_MARK}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_LINES}"
 
@@ -45,7 +46,7 @@ class PreTokenizer:
 
     Attributes:
       patterns: Oniguruma expressions, applied in turn; each cuts what the ones before it left into matches and gaps.
-      nfc: whether text is first brought to Unicode's composed form.
+      nfc: whether text is first brought to Unicode's composed form, as the models' own tokenizers do; llama.cpp does not.
       whole_words: a word that is a token is that token, whatever the merges would give.
       add_bos: whether BOS starts a text when the file does not say.
     """
@@ -70,10 +71,17 @@ _BY_CUT = {
     PreTokenizer((_TEKKEN,), whole_words=True, add_bos=True): "tekken",
     PreTokenizer((_GPT4O,)): "gpt-4o llama4 minimax-m2",
     PreTokenizer(
-        (r"[\r\n]", rf"\s?[{_DEEPSEEK_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", _CJK, r"\p{N}")
+        (
+            r"[\r\n]",
+            rf"\s?[{_DEEPSEEK_LETTERS}]+",
+            "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",
+            r"\s+$",
+            _CJK,
+            r"\p{N}",
+        )
     ): "deepseek-llm",
     PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")): "deepseek-coder",
-    PreTokenizer((r"\p{N}{1,3}", r"[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK3)): "deepseek-v3 hunyuan-dense joyai-llm",
+    PreTokenizer((r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK3)): "deepseek-v3 hunyuan-dense joyai-llm",
     PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")): "falcon",
     PreTokenizer((r" ?[^(\s|.,!?…。，、।۔،)]+",)): "bloom poro-chat gpt3-finnish",
     PreTokenizer((r" ?[^(\s|.,!?…。，、।۔،)]+", r"\p{N}")): "viking",
@@ -82,6 +90,8 @@ _BY_CUT = {
 }
 
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {name: cut for cut, names in _BY_CUT.items() for name in names.split()}
+
+_NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 # Control tokens that end a turn; files often name only one of several as EOS.
 _END_OF_TURN = (
@@ -158,7 +168,12 @@ def sentencepiece(
     backend.normalizer = normalizers.Sequence(steps)
     unprefix = [] if prefix == "never" else [decoders.Strip(" ", 1, 0)]
     backend.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), *([decoders.ByteFallback()] if fallback else []), decoders.Fuse(), *unprefix]
+        [
+            decoders.Replace(SPACE, " "),
+            *([decoders.ByteFallback()] if fallback else []),
+            decoders.Fuse(),
+            *unprefix,
+        ]
     )
     _add_tokens(backend, pieces, types, unk_id)
     return backend
@@ -172,18 +187,20 @@ def from_gguf(fields: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str
     """
     kind = _field(fields, "model")
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(_field(fields, "tokens"))]
+    if not tokens:
+        raise ValueError("tokenizer.ggml.tokens is empty")
     if len(set(tokens)) < len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
-        raise ValueError(f"tokenizer.ggml.tokens has {twice!r} more than once")
-    types = fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-    merges = [_pair(line) for line in fields.get("tokenizer.ggml.merges") or ()]
+        token, times = collections.Counter(tokens).most_common(1)[0]
+        raise ValueError(f"tokenizer.ggml.tokens has {token!r} {times} times")
+    types = fields.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    _check_length(tokens, "token_type", types)
+    merges = [_pair(line) for line in fields.get("tokenizer.ggml.merges", ())]
     ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _NAMED.items()}
     if kind == "gpt2":
         pre = fields.get("tokenizer.ggml.pre") or "default"
         if pre not in PRE_TOKENIZERS:
             raise ValueError(f"tokenizer.ggml.pre {pre!r} is not supported; supported: {sorted(PRE_TOKENIZERS)}")
         _field(fields, "merges")
-        _check_lengths(tokens, token_type=types)
         backend = byte_level({token: i for i, token in enumerate(tokens)}, merges, PRE_TOKENIZERS[pre])
         _add_tokens(backend, tokens, types, ids["unk_token"])
         add_bos = PRE_TOKENIZERS[pre].add_bos
@@ -191,7 +208,7 @@ def from_gguf(fields: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str
         defaults = {"bos_token": 1, "eos_token": 2, "unk_token": 0}  # Llama's, where a file names none
         ids = {name: defaults.get(name) if i is None else i for name, i in ids.items()}
         scores = _field(fields, "scores")
-        _check_lengths(tokens, scores=scores, token_type=types)
+        _check_length(tokens, "scores", scores)
         backend = sentencepiece(
             tokens,
             scores,
@@ -199,9 +216,10 @@ def from_gguf(fields: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str
             unk_id=ids["unk_token"],
             merges=merges or None,
             prefix="every" if fields.get("tokenizer.ggml.add_space_prefix", True) else "never",
+            strip=fields.get("tokenizer.ggml.remove_extra_whitespaces", False),
         )
         if fields.get("general.architecture") == "phi3":
-            _strip_after(backend, tokens, types, keep={ids["unk_token"], ids["bos_token"], ids["eos_token"]})
+            _strip_after(backend)
         add_bos = True
     else:
         raise ValueError(f'tokenizer.ggml.model {kind!r} is not supported; supported: "gpt2", "llama", "gemma4"')
@@ -209,22 +227,21 @@ def from_gguf(fields: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str
     names = {name: tokens[i] for name, i in ids.items()}
     add_post_processor(
         backend,
-        names.get("bos_token") if fields.get("tokenizer.ggml.add_bos_token", add_bos) else None,
-        names.get("eos_token") if fields.get("tokenizer.ggml.add_eos_token", False) else None,
+        bos=names.get("bos_token") if fields.get("tokenizer.ggml.add_bos_token", add_bos) else None,
+        eos=names.get("eos_token") if fields.get("tokenizer.ggml.add_eos_token", False) else None,
     )
     return backend, names, _ends(fields, tokens, types, ids)
 
 
-def add_post_processor(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
+def add_post_processor(backend: tokenizers.Tokenizer, *, bos: str | None, eos: str | None) -> None:
     """Makes `backend` put these tokens around a text; None puts none."""
     special = [(token, backend.token_to_id(token)) for token in (bos, eos) if token is not None]
     template = [*([bos] if bos is not None else []), "$A", *([eos] if eos is not None else [])]
     backend.post_processor = processors.TemplateProcessing(
-        single=template, pair=[*template, *(part.replace("$A", "$B") for part in template)], special_tokens=special
+        single=template,
+        pair=[*template, *(part.replace("$A", "$B") for part in template)],
+        special_tokens=special,
     )
-
-
-_NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def _field(fields: Mapping[str, Any], key: str) -> Any:
@@ -233,15 +250,16 @@ def _field(fields: Mapping[str, Any], key: str) -> Any:
     return fields[f"tokenizer.ggml.{key}"]
 
 
-def _check_lengths(tokens: Sequence[str], **columns: Sequence[Any]) -> None:
-    for name, column in columns.items():
-        if len(column) != len(tokens):
-            raise ValueError(f"tokenizer.ggml.{name} has {len(column)} entries for {len(tokens)} tokens")
+def _check_length(tokens: Sequence[str], key: str, column: Sequence[Any]) -> None:
+    if len(column) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.{key} has {len(column)} entries for {len(tokens)} tokens")
 
 
 def _pair(line: str) -> tuple[str, str]:
     """A merge's two sides; the space between them is never the first character."""
-    cut = line.index(" ", 1)
+    cut = line.find(" ", 1)
+    if cut < 0:
+        raise ValueError(f"tokenizer.ggml.merges must hold two tokens with a space between, not {line!r}")
     return line[:cut], line[cut + 1 :]
 
 
@@ -263,9 +281,7 @@ def _merges_by_score(pieces: Sequence[str], scores: Sequence[float], types: Sequ
     ]
 
 
-def _add_tokens(
-    backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int], unk_id: int | None
-) -> None:
+def _add_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int], unk_id: int | None) -> None:
     backend.add_tokens(
         [
             AddedToken(token, normalized=False, special=kind == CONTROL or i == unk_id)
@@ -275,26 +291,18 @@ def _add_tokens(
     )
 
 
-def _strip_after(
-    backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int], keep: set[int | None]
-) -> None:
-    """Phi-3's markers swallow the whitespace after them, which its GGUF files do not say."""
-    backend.add_tokens(
-        [
-            AddedToken(token, normalized=False, special=kind == CONTROL, rstrip=True)
-            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind in (CONTROL, USER_DEFINED) and i not in keep
-        ]
-    )
+def _strip_after(backend: tokenizers.Tokenizer) -> None:
+    """Phi-3's markers swallow the whitespace after them; its GGUF files do not say so."""
+    added = backend.get_added_tokens_decoder().values()
+    markers = [token for token in added if token.content not in ("<unk>", "<s>", "<|endoftext|>")]
+    backend.add_tokens([AddedToken(t.content, normalized=False, special=t.special, rstrip=True) for t in markers])
 
 
-def _ends(
-    fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], ids: Mapping[str, int]
-) -> tuple[int, ...]:
+def _ends(fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], ids: Mapping[str, int]) -> tuple[int, ...]:
     named = [ids.get("eos_token"), *(fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom"))]
     control = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == CONTROL}
     turns = [token for token in _END_OF_TURN if token in control]
-    if "<|call|>" in control and "<|return|>" in control:  # there <|end|> ends a message inside a turn
-        turns.remove("<|end|>")
+    if "<|call|>" in control:  # beside it, <|end|> ends a message inside a turn
+        turns = [token for token in turns if token != "<|end|>"]
     ends = [i for i in [*named, *(control[token] for token in turns)] if i is not None and 0 <= i < len(tokens)]
     return tuple(dict.fromkeys(ends))

@@ -49,7 +49,8 @@ class Settings:
 
 def _ordered(x: Float[Array, "*B V"]) -> UInt32[Array, "*B V"]:
     """Integers in the same order as the floats."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    x = x.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0.0 equals 0.0
     top = jnp.uint32(1 << 31)
     return jnp.where(bits >= top, ~bits, bits | top)
 
@@ -74,12 +75,14 @@ def reaching(scores: Float[Array, "B V"], mass: Float[Array, "B V"], target: Flo
 
 def penalise(logits: Float[Array, "B V"], settings: Settings, counts: Int[Array, "B V"] | None,
              prompted: Bool[Array, "B V"] | None) -> Float[Array, "B V"]:
-    """Penalties and biases: what changes the model's preferences, temperature zero included.
+    """Bias and penalties, in this order: what changes the model's preferences, temperature zero included.
 
     Args:
       counts: how often each token stands in the output so far.
       prompted: whether it stands in the prompt.
     """
+    if settings.bias is not None:
+        logits = logits + settings.bias
     if settings.repetition is not None:
         r = settings.repetition[:, None]
         logits = jnp.where((counts > 0) | prompted, jnp.where(logits > 0, logits / r, logits * r), logits)
@@ -87,7 +90,7 @@ def penalise(logits: Float[Array, "B V"], settings: Settings, counts: Int[Array,
         logits = logits - settings.presence[:, None] * (counts > 0).astype(jnp.float32)
     if settings.frequency is not None:
         logits = logits - settings.frequency[:, None] * counts.astype(jnp.float32)
-    return logits if settings.bias is None else logits + settings.bias
+    return logits
 
 
 def restrict(logits: Float[Array, "B V"], settings: Settings) -> Float[Array, "B V"]:
@@ -97,6 +100,7 @@ def restrict(logits: Float[Array, "B V"], settings: Settings) -> Float[Array, "B
     """
     if settings.temperature is None:
         return logits
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)  # so that no temperature, however low, overflows the best
     logits = logits / jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
 
     def keep(allowed: Bool[Array, "B V"]) -> Float[Array, "B V"]:

@@ -1,12 +1,12 @@
-"""GGUF files read as what they were made from: tensors under Hugging Face names, with the checkpoint's shapes and values, and a
-config.json rebuilt from the metadata.
+"""GGUF files read as what they were made from: tensors under Hugging Face names with the checkpoint's shapes and
+values, and a config.json rebuilt from the metadata.
 
-The converter of llama.cpp renames tensors and, for some architectures, rearranges them (`ARCHITECTURES` says how); here that is
-undone. What a GGUF file does not record is taken as llama.cpp takes it: the windows of Mistral and StarCoder2 count as none,
-Gemma's score scale follows from the model's size.
+llama.cpp's converter renames tensors and, for some architectures, rearranges them (`ARCHITECTURES` says how);
+here that is undone. What a GGUF file does not record is taken as llama.cpp takes it: the windows of Mistral and
+StarCoder2 count as none, Gemma's score scale follows from the model's size.
 
-The `gguf` package knows names and quantisations. The header is read here: its reader makes an array per token and needs 5 to 8
-seconds and 500 MB for vocabularies of 150,000 to 260,000 tokens, this one a tenth of a second.
+The `gguf` package knows names and quantisations. The header is read here: the package's reader makes an array
+per token and needs 5 to 8 seconds and 500 MB for 150,000 to 260,000 of them, this one a few tenths of a second.
 """
 
 import dataclasses
@@ -32,14 +32,25 @@ STRING, ARRAY = 8, 9
 
 PARALLEL = 1 << 20  # numbers; a tensor with fewer is dequantised in one go
 
-# Metadata that changes what a model computes, and the value that changes nothing. An architecture that does not read one of
-# these must not have it set.
-NEUTRAL = {
-    "expert_count": 0, "attention.sliding_window": 0, "attention.causal": True, "attention.clamp_kqv": 0.0,
-    "attention.max_alibi_bias": 0.0, "attention.scale": 0.0, "attention.temperature_scale": 0.0,
-    "attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0, "logit_scale": 1.0, "residual_scale": 1.0,
-    "embedding_scale": 1.0, "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0, "rope.scaling.alpha": 0.0,
-    "rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_log_multiplier": 0.0, "rope.scaling.attn_factor": 1.0,
+# Metadata that changes what a model computes, and the values that change nothing. An architecture that does
+# not read one of these must not have it set otherwise.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "attention.sliding_window": (0,),
+    "attention.temperature_scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "rope.scaling.alpha": (0,),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_ext_factor": (1,),
+    "rope.scaling.yarn_log_multiplier": (0,),
 }
 
 # Tensors that become part of the config.
@@ -56,7 +67,7 @@ def _package() -> types.ModuleType:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies. `kind` is the package's `GGMLQuantizationType`, `shape` has the slowest dimension first."""
+    """Where a tensor lies. `kind` is a GGMLQuantizationType; `shape` has the slowest dimension first."""
 
     name: str
     kind: Any
@@ -91,16 +102,17 @@ class _Cursor:
             if item == STRING:
                 return [self.text() for _ in range(count)]
             if item in SCALARS and count * struct.calcsize(SCALARS[item]) <= len(self.data):
-                return [_shortest(item, number) for number in self.take(SCALARS[item], count)] if count else []
+                return list(self.take(SCALARS[item], count))
             raise struct.error if item in SCALARS else ValueError(f"an array of unknown type {item}")
         if kind not in SCALARS:
             raise ValueError(f"a value of unknown type {kind}")
-        return _shortest(kind, self.take(SCALARS[kind])[0])
+        number, = self.take(SCALARS[kind])
+        return _shortest(number) if SCALARS[kind] == "f" else number
 
 
-def _shortest(kind: int, number: Any) -> Any:
+def _shortest(number: float | np.float32) -> float:
     """The shortest decimal that rounds to this float32: 1e-06, not 9.999999974752427e-07."""
-    return float(str(np.float32(number))) if SCALARS[kind] == "f" else number
+    return float(str(np.float32(number)))
 
 
 def _open(path: str | os.PathLike[str]) -> mmap.mmap:
@@ -138,11 +150,13 @@ def _header(path: str | os.PathLike[str], data: mmap.mmap) -> tuple[dict[str, An
     except ValueError as error:
         raise ValueError(f"{path} is damaged: at byte {cursor.at} of the header: {error}") from error
     alignment = fields.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"{path} is damaged: general.alignment is {alignment!r}")
     return fields, infos, -(-cursor.at // alignment) * alignment
 
 
 def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """All key-value pairs of a GGUF file as plain Python values; its tensors need not be of a supported kind, or there.
+    """All key-value pairs of a GGUF file as plain Python values, whatever it holds beside them.
 
     Raises:
       ValueError: as `GgufSource` for what is no GGUF file.
@@ -152,13 +166,18 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class Metadata:
-    """What configs are built from: the fields of one architecture, its tensors, and which fields were asked for."""
+    """What configs are built from: fields and tensors; `read` has the names of those that were asked for."""
 
     def __init__(self, path: pathlib.Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor],
-                 array: Callable[[str], np.ndarray]):
-        self.path, self.fields, self.tensors, self.array = path, fields, tensors, array
+                 array: Callable[[Tensor], np.ndarray]):
+        self.path, self.fields, self.tensors, self._array = path, fields, tensors, array
         self.architecture = fields["general.architecture"]
-        self.read = set()
+        self.read: set[str] = set()
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor that becomes part of the config."""
+        self.read.add(name)
+        return self._array(self.tensors[name])
 
     def get(self, key: str, default: Any = None) -> Any:
         """The field `<architecture>.<key>`."""
@@ -185,20 +204,32 @@ class Metadata:
 
     def unsupported(self, what: str) -> ValueError:
         """An error to raise."""
-        return ValueError(f"{self.path}: {what}; that is not supported for {self.architecture}")
+        return ValueError(f"{self.path}: {what}: not supported for {self.architecture}")
 
     @property
     def head_width(self) -> int:
         """A head's width."""
-        width = self.get("attention.key_length") or self.need("embedding_length") // self.same("attention.head_count")
+        width = self.get("attention.key_length")
+        if width is None:
+            width = self.need("embedding_length") // self.same("attention.head_count")
         if self.get("attention.value_length", width) != width:
             raise self.unsupported("values and keys have different widths")
         return width
 
+    def rows(self, name: str) -> int:
+        """The first dimension of a tensor.
+
+        Raises:
+          ValueError: when there is no such tensor.
+        """
+        if name not in self.tensors:
+            raise ValueError(f"{self.path} lacks the tensor {name}: it holds {len(self.tensors)} tensors")
+        return self.tensors[name].shape[0]
+
     @property
-    def rows(self) -> int:
-        """Tokens of the vocabulary."""
-        return self.tensors["token_embd.weight"].shape[0]
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return self.rows("token_embd.weight")
 
     @property
     def tied(self) -> bool:
@@ -250,136 +281,140 @@ def _shape(m: Metadata) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": m.same("attention.head_count_kv", heads),
         "max_position_embeddings": m.need("context_length"),
-        "vocab_size": m.rows,
+        "vocab_size": m.vocabulary,
         "tie_word_embeddings": m.tied,
     }
 
 
-def _rope(m: Metadata) -> dict[str, Any]:
-    """Base and scaling. A scaling that llama.cpp keeps as divisors of the frequencies is recognised as Llama 3's, or else
-    given as those divisors: a LongRoPE that is the same at every length."""
-    base = m.get("rope.freq_base", 10000.0)
-    kind, factor = m.get("rope.scaling.type", "linear"), m.get("rope.scaling.factor", m.get("rope.scale_linear", 1.0))
-    length = m.get("rope.scaling.original_context_length")
+def _rope(m: Metadata, part: bool = False) -> dict[str, Any]:
+    """Base and scaling. Divisors of the frequencies are recognised as Llama 3's scaling, or else given as a
+    LongRoPE that is the same at every length.
+
+    Args:
+      part: whether the architecture can rotate a part of each head.
+    """
+    width = m.get("rope.dimension_count", m.head_width)
+    if width != m.head_width and not part:
+        raise m.unsupported(f"only {width} of a head's {m.head_width} dimensions turn")
+    base, kind = m.get("rope.freq_base", 10000.0), m.get("rope.scaling.type", "linear")
+    factor = m.get("rope.scaling.factor", m.get("rope.scale_linear", 1.0))
     scaling = None
     if kind == "yarn":
-        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
+        scaling = {"rope_type": "yarn", "factor": factor,
+                   "original_max_position_embeddings": m.need("rope.scaling.original_context_length")}
         for ours, theirs in (("yarn_attn_factor", "attention_factor"), ("yarn_beta_fast", "beta_fast"),
                              ("yarn_beta_slow", "beta_slow")):
             value = m.get(f"rope.scaling.{ours}")
             scaling |= {} if value is None else {theirs: value}
-        if length is None:
-            raise ValueError(f"{m.path} lacks the metadata {m.architecture}.rope.scaling.original_context_length")
     elif kind == "linear":
-        scaling = {"rope_type": "linear", "factor": factor} if factor not in (0.0, 1.0) else None
+        scaling = {"rope_type": "linear", "factor": factor} if factor not in (0, 1) else None
     elif kind != "none":
         raise m.unsupported(f"rope scaling of type {kind!r}")
     if FACTORS in m.tensors:
         if scaling is not None:
             raise m.unsupported(f"{FACTORS} beside rope scaling of type {kind!r}")
-        scaling = _divisors(m, m.array(FACTORS), base, length)
+        scaling = _divisors(m, m.array(FACTORS), base)
     return {"rope_theta": base, "rope_scaling": scaling}
 
 
-def _divisors(m: Metadata, factors: np.ndarray, base: float, length: int | None) -> dict[str, Any] | None:
+def _divisors(m: Metadata, factors: np.ndarray, base: float) -> dict[str, Any] | None:
     """The scaling whose frequencies are the plain ones over `factors`."""
     factor, width = float(factors.max()), 2 * factors.size
     if factor == 1 and factors.min() == 1:
         return None
-    # Llama 3.1 to 3.3 all keep what turns more than 4 times within 8192 tokens and divide what turns less than once.
-    original, low, high = length or 8192, 1.0, 4.0
+    # Llama 3.1 to 3.3 keep what turns more than 4 times in 8192 tokens and divide what turns less than once.
+    original, low, high = m.get("rope.scaling.original_context_length", 8192), 1.0, 4.0
     turns = original / (2 * math.pi) * base ** -(np.arange(0, width, 2) / width)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     if np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-5, atol=0):
         return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
                 "original_max_position_embeddings": original}
-    listed = [float(str(number)) for number in factors]
-    return {"rope_type": "longrope", "short_factor": listed, "long_factor": listed, "attention_factor": 1.0, "factor": 1.0,
-            "original_max_position_embeddings": m.need("context_length")}
+    listed = [_shortest(number) for number in factors]
+    return {"rope_type": "longrope", "short_factor": listed, "long_factor": listed, "attention_factor": 1.0,
+            "factor": 1.0, "original_max_position_embeddings": m.need("context_length")}
+
+
+def _gated(m: Metadata, kind: str, model: str) -> dict[str, Any]:
+    """What the descendants of Llama share."""
+    return {"model_type": kind, "architectures": [f"{model}ForCausalLM"], **_shape(m), **_rope(m),
+            "hidden_act": "silu", "rms_norm_eps": m.need("attention.layer_norm_rms_epsilon")}
+
+
+def _biases(m: Metadata) -> dict[str, bool]:
+    return {"attention_bias": "blk.0.attn_q.bias" in m.tensors, "mlp_bias": "blk.0.ffn_up.bias" in m.tensors}
 
 
 def _llama(m: Metadata) -> dict[str, Any]:
     window = m.get("attention.sliding_window", 0)
-    if m.get("rope.dimension_count", m.head_width) != m.head_width:
-        raise m.unsupported("a rotation of part of each head")
-    cfg = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **_shape(m), **_rope(m), "hidden_act": "silu",
-           "head_dim": m.head_width, "rms_norm_eps": m.need("attention.layer_norm_rms_epsilon")}
     if window:
-        return cfg | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
-    return cfg | {"attention_bias": "blk.0.attn_q.bias" in m.tensors, "mlp_bias": "blk.0.ffn_gate.bias" in m.tensors}
+        return _gated(m, "mistral", "Mistral") | {"head_dim": m.head_width, "sliding_window": window}
+    return _gated(m, "llama", "Llama") | _biases(m) | {"head_dim": m.head_width}
 
 
 def _smollm3(m: Metadata) -> dict[str, Any]:
-    cfg = _llama(m)
-    del cfg["head_dim"]
-    layers = range(1, cfg["num_hidden_layers"] + 1)
-    return cfg | {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "no_rope_layer_interval": 4,
-                  "no_rope_layers": [int(layer % 4 != 0) for layer in layers], "use_sliding_window": False}
+    layers = range(1, m.need("block_count") + 1)
+    return _gated(m, "smollm3", "SmolLM3") | _biases(m) | {
+        "no_rope_layer_interval": 4, "no_rope_layers": [int(layer % 4 != 0) for layer in layers],
+        "use_sliding_window": False}
 
 
 def _qwen2(m: Metadata) -> dict[str, Any]:
-    return {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **_shape(m), **_rope(m), "hidden_act": "silu",
-            "rms_norm_eps": m.need("attention.layer_norm_rms_epsilon"), "use_sliding_window": False}
+    return _gated(m, "qwen2", "Qwen2") | {"use_sliding_window": False}
 
 
 def _qwen3(m: Metadata) -> dict[str, Any]:
-    return _qwen2(m) | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": m.head_width,
-                        "attention_bias": "blk.0.attn_q.bias" in m.tensors}
+    return _gated(m, "qwen3", "Qwen3") | {
+        "head_dim": m.head_width, "attention_bias": _biases(m)["attention_bias"], "use_sliding_window": False}
 
 
-def _gemma(m: Metadata) -> dict[str, Any]:
-    return {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], **_shape(m), **_rope(m),
-            "head_dim": m.head_width, "rms_norm_eps": m.need("attention.layer_norm_rms_epsilon"),
-            "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+def _gemma(m: Metadata, kind: str = "gemma", model: str = "Gemma") -> dict[str, Any]:
+    return _gated(m, kind, model) | {"head_dim": m.head_width, "hidden_act": "gelu_pytorch_tanh",
+                                     "hidden_activation": "gelu_pytorch_tanh"}
 
 
-def _layer_types(m: Metadata, period: int, windowed: Callable[[int, int], bool]) -> list[str]:
-    """From the metadata's list over layers or its period, by default `period`."""
+def _layer_types(m: Metadata, period: int) -> list[str]:
+    """Which layers have a window: what the metadata lists, or all but the last of each period."""
     pattern = m.get("attention.sliding_window_pattern", period)
-    layers = range(m.need("block_count"))
-    local = pattern if isinstance(pattern, list) else [windowed(layer, pattern) for layer in layers]
-    return ["sliding_attention" if here else "full_attention" for here in local]
+    if not isinstance(pattern, list):
+        pattern = [layer % pattern != pattern - 1 for layer in range(m.need("block_count"))]
+    return ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
 
 
 def _score_scale(m: Metadata, biggest: int) -> int:
-    """The 27B models, known by their number of layers, scale by width per head, the others by the head's own width."""
+    """The 27B models, known by their layers, scale by width over heads, the others by the width of a head."""
     if m.need("block_count") == biggest:
         return m.need("embedding_length") // m.same("attention.head_count")
     return m.head_width
 
 
 def _gemma2(m: Metadata) -> dict[str, Any]:
-    return _gemma(m) | {
-        "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": _score_scale(m, 46),
+    return _gemma(m, "gemma2", "Gemma2") | {
+        "query_pre_attn_scalar": _score_scale(m, 46), "layer_types": _layer_types(m, 2),
         "attn_logit_softcapping": m.get("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": m.get("final_logit_softcapping", 30.0),
-        "sliding_window": m.get("attention.sliding_window", 4096),
-        "layer_types": _layer_types(m, 2, lambda layer, period: layer % period < period - 1),
-    }
+        "sliding_window": m.get("attention.sliding_window", 4096)}
 
 
 def _gemma3(m: Metadata) -> dict[str, Any]:
-    window = m.get("attention.sliding_window", 0)
-    period = 6 if window else 1
-    return _gemma(m) | {
-        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "query_pre_attn_scalar": _score_scale(m, 62),
+    window = m.get("attention.sliding_window") or None
+    return _gemma(m, "gemma3_text", "Gemma3") | {
+        "query_pre_attn_scalar": _score_scale(m, 62), "layer_types": _layer_types(m, 6 if window else 1),
         "attn_logit_softcapping": None, "final_logit_softcapping": m.get("final_logit_softcapping") or None,
-        "sliding_window": window or None, "rope_theta": m.get("rope.freq_base", 1e6),
-        "rope_local_base_freq": m.get("rope.freq_base_swa", 10000.0),
-        "layer_types": _layer_types(m, period, lambda layer, period: layer % period < period - 1),
-    }
+        "sliding_window": window, "rope_theta": m.get("rope.freq_base", 1e6),
+        "rope_local_base_freq": m.get("rope.freq_base_swa", 10000.0)}
 
 
 def _phi3(m: Metadata) -> dict[str, Any]:
-    cfg = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], **_shape(m), **_rope(m), "hidden_act": "silu",
-           "rms_norm_eps": m.need("attention.layer_norm_rms_epsilon"),
+    cfg = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], **_shape(m), **_rope(m, part=True),
+           "hidden_act": "silu", "rms_norm_eps": m.need("attention.layer_norm_rms_epsilon"),
            "partial_rotary_factor": m.get("rope.dimension_count", m.head_width) / m.head_width,
            "sliding_window": m.get("attention.sliding_window") or None}
     longest = cfg["max_position_embeddings"]
-    original = cfg["original_max_position_embeddings"] = m.get("rope.scaling.original_context_length", longest)
+    original = m.get("rope.scaling.original_context_length", longest)
+    cfg["original_max_position_embeddings"] = original
     if LONG not in m.tensors or SHORT not in m.tensors:
         return cfg
-    short, long = ([float(str(number)) for number in m.array(name)] for name in (SHORT, LONG))
+    short, long = ([_shortest(number) for number in m.array(name)] for name in (SHORT, LONG))
     cfg["rope_scaling"] = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
     usual = math.sqrt(1 + math.log(longest / original) / math.log(original)) if longest > original else 1.0
     magnitude = m.get("rope.scaling.attn_factor", usual)
@@ -389,77 +424,77 @@ def _phi3(m: Metadata) -> dict[str, Any]:
 
 
 def _olmo2(m: Metadata) -> dict[str, Any]:
-    return {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], **_shape(m), **_rope(m), "hidden_act": "silu",
-            "rms_norm_eps": m.need("attention.layer_norm_rms_epsilon"),
-            "attention_bias": "blk.0.attn_q.bias" in m.tensors}
+    return _gated(m, "olmo2", "Olmo2") | {"attention_bias": _biases(m)["attention_bias"]}
 
 
 def _starcoder2(m: Metadata) -> dict[str, Any]:
     return {"model_type": "starcoder2", "architectures": ["Starcoder2ForCausalLM"], **_shape(m), **_rope(m),
             "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": m.need("attention.layer_norm_epsilon"),
-            "use_bias": "blk.0.attn_q.bias" in m.tensors, "sliding_window": None}
+            "use_bias": _biases(m)["mlp_bias"], "sliding_window": None}
 
 
 def _gpt2(m: Metadata) -> dict[str, Any]:
-    width = m.need("embedding_length")
-    if "position_embd.weight" not in m.tensors:
-        raise ValueError(f"{m.path} lacks the tensor position_embd.weight")
-    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": width, "n_layer": m.need("block_count"),
-            "n_head": m.same("attention.head_count"), "n_inner": m.tensors["blk.0.ffn_up.weight"].shape[0],
-            "n_positions": m.tensors["position_embd.weight"].shape[0], "vocab_size": m.rows,
-            "layer_norm_epsilon": m.need("attention.layer_norm_epsilon"), "activation_function": "gelu_new",
-            "tie_word_embeddings": m.tied}
+    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": m.need("embedding_length"),
+            "n_layer": m.need("block_count"), "n_head": m.same("attention.head_count"),
+            "n_inner": m.rows("blk.0.ffn_up.weight"), "n_positions": m.rows("position_embd.weight"),
+            "vocab_size": m.vocabulary, "tie_word_embeddings": m.tied, "activation_function": "gelu_new",
+            "layer_norm_epsilon": m.need("attention.layer_norm_epsilon")}
 
 
 def _gptneox(m: Metadata) -> dict[str, Any]:
-    cfg = _shape(m)
+    cfg, rope = _shape(m), _rope(m, part=True)
     del cfg["num_key_value_heads"]
-    return {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], **cfg, **_rope(m), "hidden_act": "gelu",
-            "layer_norm_eps": m.need("attention.layer_norm_epsilon"),
-            "rotary_pct": m.get("rope.dimension_count", m.head_width) / m.head_width,
-            "use_parallel_residual": m.get("use_parallel_residual", True),
-            "attention_bias": "blk.0.attn_qkv.bias" in m.tensors}
+    return cfg | {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "hidden_act": "gelu",
+                  "layer_norm_eps": m.need("attention.layer_norm_epsilon"),
+                  "rotary_pct": m.get("rope.dimension_count", m.head_width) / m.head_width,
+                  "rotary_emb_base": rope["rope_theta"], "rope_scaling": rope["rope_scaling"],
+                  "use_parallel_residual": m.get("use_parallel_residual", True),
+                  "attention_bias": "blk.0.attn_qkv.bias" in m.tensors}
 
 
 def _falcon(m: Metadata) -> dict[str, Any]:
     layout = m.get("tensor_data_layout", "jploski")
     if layout != "jploski":
         raise m.unsupported(f"tensor data layout {layout!r}")
-    heads = m.same("attention.head_count")
     groups = m.same("attention.head_count_kv", 1)
     two_norms = "blk.0.attn_norm_2.weight" in m.tensors
-    return {"model_type": "falcon", "architectures": ["FalconForCausalLM"], "hidden_size": m.need("embedding_length"),
-            "num_hidden_layers": m.need("block_count"), "num_attention_heads": heads, "num_kv_heads": groups,
-            "ffn_hidden_size": m.same("feed_forward_length"), "vocab_size": m.rows, "tie_word_embeddings": m.tied,
-            "max_position_embeddings": m.need("context_length"), **_rope(m), "activation": "gelu",
-            "layer_norm_epsilon": m.need("attention.layer_norm_epsilon"), "bias": False, "alibi": False,
-            "new_decoder_architecture": two_norms or groups > 1, "multi_query": True, "parallel_attn": True,
-            "num_ln_in_parallel_attn": 2 if two_norms else 1}
+    return {
+        "model_type": "falcon", "architectures": ["FalconForCausalLM"],
+        "hidden_size": m.need("embedding_length"), "num_hidden_layers": m.need("block_count"),
+        "num_attention_heads": m.same("attention.head_count"),
+        "num_kv_heads": groups, "ffn_hidden_size": m.rows("blk.0.ffn_up.weight"), "vocab_size": m.vocabulary,
+        "tie_word_embeddings": m.tied, "max_position_embeddings": m.need("context_length"), **_rope(m),
+        "activation": "gelu", "layer_norm_epsilon": m.need("attention.layer_norm_epsilon"), "bias": False,
+        "alibi": False, "new_decoder_architecture": two_norms or groups > 1, "multi_query": True,
+        "parallel_attn": True, "num_ln_in_parallel_attn": 2 if two_norms else 1}
 
 
 def _mpt(m: Metadata) -> dict[str, Any]:
     width, heads = m.need("embedding_length"), m.same("attention.head_count")
-    top = m.get("attention.max_alibi_bias", 0.0)
+    top = m.get("attention.max_alibi_bias", 0)
     if top == 0 or "position_embd.weight" in m.tensors:
         raise m.unsupported("positions other than ALiBi")
     if top != int(top):
         raise m.unsupported(f"an ALiBi maximum of {top}")
     if m.same("attention.head_count_kv", heads) != heads:
         raise m.unsupported("fewer key-value heads than query heads")
-    return {"model_type": "mpt", "architectures": ["MptForCausalLM"], "d_model": width, "n_heads": heads,
-            "n_layers": m.need("block_count"), "expansion_ratio": m.same("feed_forward_length") // width,
-            "max_seq_len": m.need("context_length"), "vocab_size": m.rows, "no_bias": True, "learned_pos_emb": False,
-            "layer_norm_epsilon": m.need("attention.layer_norm_epsilon"), "tie_word_embeddings": m.tied,
-            "attn_config": {"attn_type": "multihead_attention", "alibi": True, "alibi_bias_max": int(top),
-                            "clip_qkv": m.get("attention.clamp_kqv") or None, "qk_ln": False, "prefix_lm": False,
-                            "softmax_scale": None}}
+    return {
+        "model_type": "mpt", "architectures": ["MptForCausalLM"], "d_model": width, "n_heads": heads,
+        "n_layers": m.need("block_count"), "expansion_ratio": m.rows("blk.0.ffn_up.weight") // width,
+        "max_seq_len": m.need("context_length"), "vocab_size": m.vocabulary, "no_bias": True,
+        "learned_pos_emb": False, "layer_norm_epsilon": m.need("attention.layer_norm_epsilon"),
+        "tie_word_embeddings": m.tied, "attn_config": {
+            "attn_type": "multihead_attention", "alibi": True, "alibi_bias_max": int(top), "prefix_lm": False,
+            "clip_qkv": m.get("attention.clamp_kqv") or None, "qk_ln": False, "softmax_scale": None}}
 
 
 def _bloom(m: Metadata) -> dict[str, Any]:
-    return {"model_type": "bloom", "architectures": ["BloomForCausalLM"], "hidden_size": m.need("embedding_length"),
-            "n_layer": m.need("block_count"), "n_head": m.same("attention.head_count"), "vocab_size": m.rows,
-            "layer_norm_epsilon": m.need("attention.layer_norm_epsilon"), "seq_length": m.need("context_length"),
-            "tie_word_embeddings": m.tied}
+    return {
+        "model_type": "bloom", "architectures": ["BloomForCausalLM"], "vocab_size": m.vocabulary,
+        "hidden_size": m.need("embedding_length"), "n_layer": m.need("block_count"),
+        "n_head": m.same("attention.head_count"),
+        "layer_norm_epsilon": m.need("attention.layer_norm_epsilon"),
+        "seq_length": m.need("context_length"), "tie_word_embeddings": m.tied}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -468,12 +503,13 @@ class Architecture:
 
     Attributes:
       config: makes the config.json.
-      modules: the checkpoint's modules that may have a weight or a bias, by their Hugging Face names; {i} is a layer.
+      modules: the checkpoint's modules that may have a weight or a bias, by their Hugging Face names; {i} is a
+        layer. May depend on the config.
       undo: what to do to the tensors of a module whose name ends so, to have them as the checkpoint has them.
     """
 
     config: Callable[[Metadata], dict[str, Any]]
-    modules: tuple[str, ...]
+    modules: tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
     undo: Mapping[str, Undo] = dataclasses.field(default_factory=dict)
 
 
@@ -487,9 +523,16 @@ _SANDWICH = ("model.layers.{i}.input_layernorm", "model.layers.{i}.pre_feedforwa
 _LLAMA = (*_OUTER, *_BEFORE, *_QKV, *_GATED)
 _HALVES = {"q_proj": partial(_half_rotation, "num_attention_heads"),
            "k_proj": partial(_half_rotation, "num_key_value_heads")}
-_BLOOM = tuple(f"transformer.h.{{i}}.{part}" for part in (
-    "input_layernorm", "self_attention.query_key_value", "self_attention.dense", "post_attention_layernorm",
-    "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"))
+_BLOOM = ("transformer.word_embeddings", "transformer.ln_f", "lm_head", *(
+    f"transformer.h.{{i}}.{part}" for part in (
+        "self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")))
+
+
+def _falcon_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """GGUF has one name for the norm that feeds both branches and for the one that feeds the second."""
+    norms = ("ln_attn", "ln_mlp") if config["num_ln_in_parallel_attn"] == 2 else ("input_layernorm",)
+    return (*_BLOOM, *(f"transformer.h.{{i}}.{norm}" for norm in norms))
+
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(_llama, _LLAMA, _HALVES),
@@ -516,15 +559,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "input_layernorm", "attention.query_key_value", "attention.dense", "post_attention_layernorm",
             "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"))),
         {"query_key_value": partial(_by_head, "num_attention_heads")}),
-    "falcon": Architecture(_falcon, (
-        "transformer.word_embeddings", "transformer.ln_f", "lm_head", "transformer.h.{i}.ln_attn",
-        "transformer.h.{i}.ln_mlp", *_BLOOM), {"query_key_value": _by_group}),
+    "falcon": Architecture(_falcon, _falcon_modules, {"query_key_value": _by_group}),
     "mpt": Architecture(_mpt, (
         "transformer.wte", "transformer.norm_f", "lm_head",
         *(f"transformer.blocks.{{i}}.{part}" for part in (
             "norm_1", "attn.Wqkv", "attn.out_proj", "norm_2", "ffn.up_proj", "ffn.down_proj")))),
     "bloom": Architecture(_bloom, (
-        "transformer.word_embeddings", "transformer.word_embeddings_layernorm", "transformer.ln_f", "lm_head", *_BLOOM),
+        *_BLOOM, "transformer.word_embeddings_layernorm", "transformer.h.{i}.input_layernorm",
+        "transformer.h.{i}.post_attention_layernorm"),
         {"query_key_value": partial(_by_head, "n_head")}),
 }
 
@@ -538,8 +580,8 @@ class GgufSource:
 
     Raises:
       ImportError: without the gguf package.
-      ValueError: for what is no GGUF file, a truncated one, another version, an architecture, quantisation, tensor or field
-        that is not supported; names it and what is.
+      ValueError: for what is no GGUF file, a truncated one, another version, or an architecture,
+        quantisation, tensor or field that is not supported; names it.
     """
 
     config: dict[str, Any]
@@ -552,44 +594,45 @@ class GgufSource:
         fields, infos, start = _header(path, self._data)
         name = fields.get("general.architecture")
         if name not in ARCHITECTURES:
-            raise ValueError(f"{path} holds the architecture {name!r}; supported in GGUF are {', '.join(ARCHITECTURES)}")
+            raise ValueError(f"{path} holds the architecture {name!r}; supported in GGUF files are "
+                             f"{', '.join(ARCHITECTURES)}")
         if fields.get("split.count", 1) > 1:
-            raise ValueError(f"{path} is one of {fields['split.count']} parts: merge them with llama-gguf-split --merge")
+            raise ValueError(f"{path} is one of {fields['split.count']} parts: merge them with "
+                             "llama-gguf-split --merge")
         architecture = ARCHITECTURES[name]
         tensors = self._place(infos, start)
-        if "token_embd.weight" not in tensors:
-            raise ValueError(f"{path} lacks the tensor token_embd.weight: it holds {len(tensors)} tensors and no model")
-        m = Metadata(self.path, fields, tensors, lambda tensor: self._array(tensors[tensor]))
+        m = Metadata(self.path, fields, tensors, self._array)
         self.config = architecture.config(m)
         for key, neutral in NEUTRAL.items():
-            value = fields.get(f"{name}.{key}", neutral)
-            if key not in m.read and value not in (neutral, 0):
+            value = fields.get(f"{name}.{key}", neutral[0])
+            if key not in m.read and value not in neutral:
                 raise m.unsupported(f"{name}.{key} is {value}")
         for key in ("bos_token_id", "eos_token_id", "padding_token_id"):
-            if f"tokenizer.ggml.{key}" in fields:
-                self.config[key.replace("padding", "pad")] = fields[f"tokenizer.ggml.{key}"]
+            self.config[key.replace("padding", "pad")] = fields.get(f"tokenizer.ggml.{key}")
         self.tokenizer_fields = {key: value for key, value in fields.items() if key.startswith("tokenizer.")}
-        self._tensors, self._undo = self._rename(name, architecture, m.need("block_count"), tensors)
+        self._tensors, self._undo = self._rename(m, architecture)
 
     def _place(self, infos: list[tuple], start: int) -> dict[str, Tensor]:
         """Checks that every tensor lies within the file and is of a kind that can be read."""
-        kinds, sizes = self._package.GGMLQuantizationType, self._package.GGML_QUANT_SIZES
+        kinds = {int(kind): kind for kind in self._package.GGMLQuantizationType}
         tensors, readable = {}, set()
         for name, shape, number, offset in infos:
-            if number not in (*kinds,):
+            if number not in kinds:
                 raise ValueError(f"{self.path}: tensor {name} is of the unknown type {number}")
-            kind = kinds(number)
-            numbers, size = sizes[kind]
+            kind = kinds[number]
+            numbers, size = self._package.GGML_QUANT_SIZES[kind]
             if kind not in readable and not self._decodes(kind):
-                raise ValueError(f"{self.path}: tensor {name} is {kind.name}, which the gguf package cannot dequantise")
+                raise ValueError(f"{self.path}: tensor {name} is {kind.name}, which the gguf package cannot "
+                                 "dequantise")
             readable.add(kind)
             if not shape or shape[-1] % numbers:
-                raise ValueError(f"{self.path}: tensor {name} of shape {shape} cannot be {kind.name}, which comes in blocks "
-                                 f"of {numbers}")
+                raise ValueError(f"{self.path}: tensor {name} of shape {shape} cannot be {kind.name}, which "
+                                 f"comes in blocks of {numbers}")
             tensors[name] = Tensor(name, kind, shape, start + offset, math.prod(shape) // numbers * size)
             end = tensors[name].start + tensors[name].nbytes
             if end > len(self._data):
-                raise ValueError(f"{self.path} is truncated: tensor {name} ends at byte {end}, the file at {len(self._data)}")
+                raise ValueError(f"{self.path} is truncated: tensor {name} ends at byte {end}, the file at "
+                                 f"{len(self._data)}")
         return tensors
 
     def _decodes(self, kind: Any) -> bool:
@@ -600,56 +643,53 @@ class GgufSource:
             return False
         return True
 
-    def _rename(self, name: str, architecture: Architecture, layers: int,
-                tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Undo]]:
+    def _rename(self, m: Metadata, architecture: Architecture) -> tuple[dict[str, Tensor], dict[str, Undo]]:
         """Tensors, and what to undo where there is something, by Hugging Face name."""
-        number = next(key for key, value in self._package.MODEL_ARCH_NAMES.items() if value == name)
+        layers, modules = m.need("block_count"), architecture.modules
+        number = next(key for key, name in self._package.MODEL_ARCH_NAMES.items() if name == m.architecture)
         table = self._package.get_tensor_name_map(number, layers)
-        # Two of Falcon's norms share a GGUF name: which it is depends on whether a block has one norm or two.
-        one = self.config.get("num_ln_in_parallel_attn") == 1
-        absent = ("ln_attn", "ln_mlp") if one else ("input_layernorm",) if name == "falcon" else ()
         found, undo = {}, {}
-        for template in architecture.modules:
-            if template.endswith(absent or "\0"):
-                continue
-            change = next((change for end, change in architecture.undo.items() if template.endswith(end)), None)
+        for template in modules(self.config) if callable(modules) else modules:
+            changes = [change for end, change in architecture.undo.items() if template.endswith(end)]
             for layer in range(layers if "{i}" in template else 1):
                 module = template.replace("{i}", str(layer))
-                theirs = table.get_name(module) or table.get_name(module.removeprefix("transformer.")) or "output"
+                # Not every table has the head, and BLOOM's leaves out a prefix that its checkpoints have.
+                theirs = "output" if module in ("lm_head", "embed_out") else (
+                    table.get_name(module) or table.get_name(module.removeprefix("transformer.")))
                 for part in ("weight", "bias"):
-                    if f"{theirs}.{part}" in tensors:
-                        found[f"{module}.{part}"] = tensors[f"{theirs}.{part}"]
-                        if change is not None:
-                            undo[f"{module}.{part}"] = change
-        used = {tensor.name for tensor in found.values()} | {FACTORS, SHORT, LONG}
-        left = sorted(tensors.keys() - used)
+                    if f"{theirs}.{part}" in m.tensors:
+                        found[f"{module}.{part}"] = m.tensors[f"{theirs}.{part}"]
+                        undo |= {f"{module}.{part}": change for change in changes}
+        left = sorted(m.tensors.keys() - {tensor.name for tensor in found.values()} - m.read)
         if left:
-            raise ValueError(f"{self.path}: {len(left)} tensors have no place in {name} as supported, such as "
-                             f"{', '.join(left[:5])}")
+            raise m.unsupported(f"{len(left)} tensors without a place: {', '.join(left[:5])}"
+                                f"{' ...' if len(left) > 5 else ''}")
         return found, undo
 
     def _array(self, tensor: Tensor) -> np.ndarray:
+        """The numbers as the file has them, quantised ones as float32."""
         kinds = self._package.GGMLQuantizationType
-        plain = {kinds.F32: np.float32, kinds.F16: np.float16, kinds.BF16: ml_dtypes.bfloat16}.get(tensor.kind)
-        if plain is not None:
-            return np.frombuffer(self._data, plain, math.prod(tensor.shape), tensor.start).reshape(tensor.shape)
-        width = tensor.shape[-1]
-        rows = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.start).reshape(math.prod(tensor.shape) // width, -1)
-        if rows.shape[0] * width < PARALLEL:
-            return self._package.quants.dequantize(rows, tensor.kind).reshape(tensor.shape)
-        out = np.empty((rows.shape[0], width), np.float32)
+        plain = {kinds.F32: np.float32, kinds.F16: np.float16, kinds.BF16: ml_dtypes.bfloat16}
+        count, width = math.prod(tensor.shape), tensor.shape[-1]
+        if tensor.kind in plain:
+            return np.frombuffer(self._data, plain[tensor.kind], count, tensor.start).reshape(tensor.shape)
+        packed = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.start).reshape(count // width, -1)
+        if count < PARALLEL:
+            return self._package.quants.dequantize(packed, tensor.kind).reshape(tensor.shape)
+        out = np.empty((count // width, width), np.float32)
         step = max(1, PARALLEL // 4 // width)
 
-        def decode(start: int) -> None:
-            out[start:start + step] = self._package.quants.dequantize(rows[start:start + step], tensor.kind)
+        def decode(row: int) -> None:
+            out[row:row + step] = self._package.quants.dequantize(packed[row:row + step], tensor.kind)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(decode, range(0, rows.shape[0], step)))
+            list(pool.map(decode, range(0, len(packed), step)))
         return out.reshape(tensor.shape)
 
     def _find(self, name: str) -> Tensor:
         if name not in self._tensors:
-            raise ValueError(f"{self.path} has no tensor {name}; there are {', '.join(list(self._tensors)[:5])} ...")
+            some = ", ".join(list(self._tensors)[:5])
+            raise ValueError(f"{self.path} has no tensor {name}; it has {some} ...")
         return self._tensors[name]
 
     def names(self) -> set[str]:
@@ -662,6 +702,6 @@ class GgufSource:
         return shape[::-1] if self._undo.get(name) is _transpose else shape
 
     def read(self, name: str) -> np.ndarray:
-        """float32 where the file is quantised, else float32, float16 or bfloat16 as the file has it (then often a view)."""
+        """The values: float32 where the file is quantised, else as it has them, float32, float16 or bfloat16."""
         array = self._array(self._find(name))
         return self._undo[name](array, self.config) if name in self._undo else array

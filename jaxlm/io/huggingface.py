@@ -1,0 +1,172 @@
+"""Directories in the layout of Hugging Face: config.json, safetensors in one file or several with an index."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jaxlm.io import families
+from jaxlm.io.assemble import disassemble
+from jaxlm.model import Model
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """A JSON file.
+
+    Raises:
+      ValueError: when it is not JSON; names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+class HuggingFaceSource:
+    """A directory's tensors, read when asked for; implements `jaxlm.io.source.Source`.
+
+    Raises:
+      ValueError: when config.json or the weights are missing, a file that the index names is, or one is truncated.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.directory = pathlib.Path(directory)
+        if not (self.directory / CONFIG).is_file():
+            raise ValueError(f"{self.directory} is no checkpoint: it has no {CONFIG}")
+        self.config: dict[str, Any] = read_json(self.directory / CONFIG)
+        if not isinstance(self.config, dict):
+            raise ValueError(f"{self.directory / CONFIG} does not hold an object")
+        places = self._places()
+        self._files = {file: self._open(file) for file in sorted(set(places.values()))}
+        held = {name: file for file, opened in self._files.items() for name in opened.keys()}
+        lost = sorted(name for name in places if name not in held)
+        if lost:
+            raise ValueError(f"{INDEX} says that {lost[0]} is in {places[lost[0]]}, and it is not")
+        self._held = held
+        self._slices = {name: self._files[file].get_slice(name) for name, file in held.items()}
+
+    def _places(self) -> dict[str, str]:
+        """Tensor name -> file, or just a file under no tensor's name where there is no index."""
+        index = self.directory / INDEX
+        if index.is_file():
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict) or not places:
+                raise ValueError(f"{index} has no weight_map")
+            missing = sorted(file for file in set(places.values()) if not (self.directory / file).is_file())
+            if missing:
+                raise ValueError(f"{self.directory} lacks {', '.join(missing)}, which {INDEX} names")
+            return places
+        files = sorted(file.name for file in self.directory.glob("*.safetensors"))
+        if WEIGHTS in files:
+            files = [WEIGHTS]
+        if len(files) == 1:
+            return self._names(files[0])
+        if files:
+            raise ValueError(f"{self.directory} has {', '.join(files)} and no {INDEX} that says which belong together")
+        other = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.h5") for file in self.directory.glob(pattern))
+        note = (f"; it has {', '.join(other)}: load these in transformers and save them anew, it then writes safetensors"
+                if other else "")
+        raise ValueError(f"{self.directory} has no weights: neither {WEIGHTS} nor {INDEX} is there{note}")
+
+    def _names(self, file: str) -> dict[str, str]:
+        return dict.fromkeys(self._open(file).keys(), file)
+
+    def _open(self, file: str) -> Any:
+        try:
+            return safetensors.safe_open(self.directory / file, framework="numpy")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{self.directory / file} is truncated or no safetensors file: {error}") from error
+
+    def names(self) -> set[str]:
+        """The tensors' names."""
+        return set(self._held)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return tuple(self._slices[name].get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor.
+
+        Raises:
+          ValueError: when it is of another type than float32, float16 and bfloat16.
+        """
+        kind = self._slices[name].get_dtype()
+        if kind not in DTYPES:
+            raise ValueError(f"tensor {name} is of type {kind}; there is {', '.join(DTYPES)}")
+        return self._files[self._held[name]].get_tensor(name)
+
+
+def save(model: Model, path: str | os.PathLike[str], *, family: str | None = None, shard_bytes: int = 2 << 30) -> None:
+    """Writes a directory that transformers loads: config.json, safetensors in the weights' dtype, the tokenizer's files.
+
+    Args:
+      family: which architecture to save as (`jaxlm.io.families.families`); by default the first that can express the model.
+      shard_bytes: a file's size before another is begun; about that much is in memory beside the model.
+
+    Raises:
+      ValueError: when no family can express the model, or the directory holds weights already.
+
+    Example:
+      >>> save(model, "out")  # doctest: +SKIP
+    """
+    directory = pathlib.Path(path)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; a directory is needed")
+    held = sorted(file.name for file in directory.glob("*.safetensors*"))
+    if held:
+        raise ValueError(f"{directory} holds weights already: {', '.join(held)}")
+    chosen, values = families.write(model.config, family)
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_weights(directory, disassemble(model.params, model.config, chosen), shard_bytes)
+    # Always written: transformers' own defaults for a class would be some other vocabulary's.
+    special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if model.tokenizer is not None:
+        model.tokenizer.save(directory)
+        ends = list(model.tokenizer.eos_ids)
+        special = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+                   "pad_token_id": model.tokenizer.pad_id}
+    dtype = str(model.params["decoder"]["embedding"]["tokens"].dtype)
+    # Last, so that a directory that has it is whole.
+    (directory / CONFIG).write_text(json.dumps(values | special | {"torch_dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(directory: pathlib.Path, tensors: Any, shard_bytes: int) -> None:
+    """One file, or numbered ones and their index."""
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    size = total = 0
+
+    def flush() -> None:
+        file = directory / f"model-{len(shards) + 1:05d}.safetensors"
+        safetensors.numpy.save_file(pending, file, metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (directory / "model-00001.safetensors").rename(directory / WEIGHTS)
+        return
+    places = {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"model-{i:05d}.safetensors").rename(directory / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,167 @@
+"""What an architecture's tensors are called elsewhere and how they lie there: one table, as data, read in both directions.
+
+A `Row` names one of their tensors and the weights of ours that it holds. Which way a matrix lies follows from our own
+`Param`: theirs has its outputs first and ours its inputs first, except for an embedding, so loading is a reshape and a
+transposition and saving is the same backwards.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxlm import config, model
+from jaxlm.params import Param, paths
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of their tensors: [out, in], or with `out_axis` 1 [in, out], or a vector [out].
+
+    Attributes:
+      ours: paths of the weights it holds; "{block}" stands for a place in the stack.
+      theirs: its name; "{base}" stands for the prefix of all but the head, "{i}" for the layer.
+      out_axis: the dimension of a matrix along which outputs lie.
+      blocks: several weights follow one another along the outputs, and do so in this many equal runs: 1 is all of q, then k,
+        then v; None is as many as there are key-value heads.
+      also: other names it goes by, looked for where the first is missing.
+      when: which blocks it is about; None is all.
+    """
+
+    ours: tuple[str, ...]
+    theirs: str
+    out_axis: int = 0
+    blocks: int | None = 1
+    also: tuple[str, ...] = ()
+    when: Callable[[config.Block], bool] | None = None
+
+
+def linear(ours: str | tuple[str, ...], theirs: str, *, out_axis: int = 0, blocks: int | None = 1,
+           also: tuple[str, ...] = ()) -> tuple[Row, Row]:
+    """A matrix and its bias."""
+    ours = (ours,) if isinstance(ours, str) else ours
+    biases = tuple(f"{path}_bias" for path in ours)
+    return (Row(ours, f"{theirs}.weight", out_axis, blocks, tuple(f"{name}.weight" for name in also)),
+            Row(biases, f"{theirs}.bias", 0, blocks, tuple(f"{name}.bias" for name in also)))
+
+
+def norm(ours: str, theirs: str, when: Callable[[config.Block], bool] | None = None) -> tuple[Row, Row]:
+    """A norm's scale and its bias."""
+    return Row((f"{ours}/scale",), f"{theirs}.weight", when=when), Row((f"{ours}/bias",), f"{theirs}.bias", when=when)
+
+
+def head(theirs: str, *also: str) -> tuple[Row, Row]:
+    """The head's matrix and its bias."""
+    return (Row(("decoder/head/out",), f"{theirs}.weight", also=tuple(f"{name}.weight" for name in also)),
+            Row(("decoder/head/bias",), f"{theirs}.bias", also=tuple(f"{name}.bias" for name in also)))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A row of the table at one place of a model: the leaves of ours, and a tensor of theirs for each repeat of the block.
+
+    Attributes:
+      paths: our leaves, whole paths.
+      parts: each leaf's Param for one layer, without the leading "layers" axis.
+      names: their tensors, one per repeat; a single one outside the stack.
+      also: for each of `names` the other names it goes by.
+      stacked: whether our leaves have a leading axis over the repeats.
+    """
+
+    paths: tuple[str, ...]
+    parts: tuple[Param, ...]
+    names: tuple[str, ...]
+    also: tuple[tuple[str, ...], ...]
+    stacked: bool
+    out_axis: int
+    blocks: int
+
+    def _sizes(self) -> tuple[int, list[int]]:
+        """How many inputs the tensor has (1 for a vector), and how many outputs each part."""
+        inputs = math.prod(self.parts[0].shape[axis] for axis in self.parts[0].inputs)
+        return inputs, [math.prod(part.shape) // inputs for part in self.parts]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What shape each of their tensors has."""
+        inputs, outputs = self._sizes()
+        if not self.parts[0].inputs:
+            return (sum(outputs),)
+        return (sum(outputs), inputs) if self.out_axis == 0 else (inputs, sum(outputs))
+
+    def _layout(self, part: Param) -> tuple[list[int], tuple[int, ...]]:
+        """A part's dimensions in the order they have in their tensor, and where each of ours is found there."""
+        outputs = [axis for axis in range(len(part.shape)) if axis not in part.inputs]
+        order = [*outputs, *part.inputs] if self.out_axis == 0 else [*part.inputs, *outputs]
+        return [part.shape[axis] for axis in order], tuple(order.index(axis) for axis in range(len(order)))
+
+    def split(self, tensor: np.ndarray) -> list[np.ndarray]:
+        """Our weights of one layer out of their tensor: views of it wherever NumPy can make one."""
+        inputs, outputs = self._sizes()
+        if self.out_axis == 0:
+            runs = tensor.reshape(self.blocks, sum(outputs) // self.blocks, inputs)
+        else:
+            runs = tensor.reshape(inputs, self.blocks, sum(outputs) // self.blocks)
+        start, weights = 0, []
+        for part, size in zip(self.parts, outputs, strict=True):
+            stop = start + size // self.blocks
+            piece = runs[:, start:stop] if self.out_axis == 0 else runs[:, :, start:stop]
+            shape, order = self._layout(part)
+            weights.append(piece.reshape(shape).transpose(order))
+            start = stop
+        return weights
+
+    def join(self, weights: list[np.ndarray]) -> np.ndarray:
+        """Their tensor of one layer: what `split` undoes."""
+        inputs, outputs = self._sizes()
+        runs = []
+        for part, weight, size in zip(self.parts, weights, outputs, strict=True):
+            order = self._layout(part)[1]
+            lying = weight.transpose(np.argsort(order))
+            size //= self.blocks
+            runs.append(lying.reshape((self.blocks, size, inputs) if self.out_axis == 0 else (inputs, self.blocks, size)))
+        tensor = runs[0] if len(runs) == 1 else np.concatenate(runs, axis=1 if self.out_axis == 0 else 2)
+        return np.ascontiguousarray(tensor.reshape(self.shape))
+
+
+def places(table: tuple[Row, ...], base: str, cfg: config.Decoder) -> tuple[Place, ...]:
+    """Where every weight of the model lies.
+
+    Raises:
+      ValueError: for a weight that the table does not name, or names only together with one that the model lacks.
+    """
+    leaves = paths(model.spec(cfg))
+    found = tuple(place for row in table for place in _expand(row, base, cfg, leaves))
+    named = [path for place in found for path in place.paths]
+    unnamed = leaves.keys() - set(named)
+    if unnamed or len(named) != len(set(named)):
+        raise ValueError(f"no name for the weight {min(unnamed, default=named)}")
+    return found
+
+
+def _expand(row: Row, base: str, cfg: config.Decoder, leaves: Mapping[str, Param]) -> Iterator[Place]:
+    if "{block}" not in row.ours[0]:
+        if row.ours[0] in leaves:
+            also = tuple(name.format(base=base) for name in row.also)
+            yield Place(row.ours, tuple(leaves[path] for path in row.ours), (row.theirs.format(base=base),), (also,), False,
+                        row.out_axis, row.blocks or 1)
+        return
+    layer = 0
+    for g, group in enumerate(cfg.stack.groups):
+        for p, block in enumerate(group.pattern):
+            ours = tuple(path.format(block=f"decoder/blocks/{g}/{p}") for path in row.ours)
+            if ours[0] in leaves and (row.when is None or row.when(block)):
+                layers = range(layer + p, layer + group.repeats * len(group.pattern), len(group.pattern))
+                yield Place(ours, tuple(_one(leaves[path]) for path in ours),
+                            tuple(row.theirs.format(base=base, i=i) for i in layers),
+                            tuple(tuple(name.format(base=base, i=i) for name in row.also) for i in layers), True,
+                            row.out_axis, block.attention.kv_heads if row.blocks is None else row.blocks)
+        layer += group.repeats * len(group.pattern)
+
+
+def _one(stacked: Param) -> Param:
+    """The Param of one layer."""
+    return dataclasses.replace(stacked, shape=stacked.shape[1:], axes=stacked.axes[1:],
+                               inputs=tuple(axis - 1 for axis in stacked.inputs))
