@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxlm
-from infer import assets, session
+from infer import assets, generate, session
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +60,8 @@ def compare_tokens(model: jaxlm.Model, reference: Any, arguments: Arguments, con
     """The table of answers; true where every difference is a tie."""
     rows = [json.loads(line) for line in arguments.prompts.read_text().splitlines()]
     tokenizer = model.tokenizer
-    prompts = [tokenizer.encode(tokenizer.chat([{"role": "user", "content": row["prompt"]}]) if row["chat"] else row["prompt"])
-               for row in rows]
+    prompts = [generate.ask(tokenizer, [{"role": "user", "content": row["prompt"]}]) if row["chat"]
+               else tokenizer.encode(row["prompt"]) for row in rows]
     ours: list[Any] = []
     for first in range(0, len(prompts), arguments.batch):
         ours += jaxlm.generate(model, prompts[first:first + arguments.batch], arguments.new_tokens).tokens

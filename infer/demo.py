@@ -27,11 +27,12 @@ def main(prompt: str = "Why is the sky blue? Answer in three sentences.", max_ne
     path = assets.smollm2()
     fetched = time.perf_counter()
     model = jaxlm.load(path)
-    console.print(f"[dim]fetched in {fetched - began:.1f} s, loaded in {time.perf_counter() - fetched:.1f} s: {path.name}[/dim]")
+    loaded = time.perf_counter()
+    console.print(f"[dim]fetched in {fetched - began:.1f} s, loaded in {loaded - fetched:.1f} s: {path.name}[/dim]")
     console.print(f"[bold]{prompt}[/bold]")
-    text = model.tokenizer.chat([{"role": "user", "content": prompt}])
     arguments = generate.Arguments(model=str(path), max_new_tokens=max_new_tokens)
-    result = generate.answer(model, text, arguments,
+    tokens = generate.ask(model.tokenizer, [{"role": "user", "content": prompt}])
+    result = generate.answer(model, tokens, arguments,
                              lambda piece: console.print(piece, end="", markup=False, soft_wrap=True))
     console.print(f"\n[dim]{generate.statistics(result)}[/dim]")
 

@@ -64,9 +64,13 @@ class Arguments:
     """Print one JSON object on the last line of standard output, and the text for people on standard error."""
 
 
-def answer(model: jaxlm.Model, text: str, arguments: Arguments, show: Callable[[str], None]) -> jaxlm.Generation:
+def ask(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """The tokens of a conversation up to where the model is to answer; the template writes special tokens itself."""
+    return tokenizer.encode(tokenizer.chat(messages), add_special=False)
+
+
+def answer(model: jaxlm.Model, prompt: list[int], arguments: Arguments, show: Callable[[str], None]) -> jaxlm.Generation:
     """One answer, shown as it comes."""
-    prompt = model.tokenizer.encode(text)
     room = model.config.length - len(prompt)
     if room < 1:
         raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context is {model.config.length}")
@@ -96,7 +100,7 @@ def converse(model: jaxlm.Model, arguments: Arguments, console: Any) -> None:
         if not text.strip():
             return
         messages.append({"role": "user", "content": text})
-        result = answer(model, model.tokenizer.chat(messages), arguments,
+        result = answer(model, ask(model.tokenizer, messages), arguments,
                         lambda piece: console.print(piece, end="", markup=False, soft_wrap=True))
         messages.append({"role": "assistant", "content": result.text[0]})
         console.print(f"\n[dim]{statistics(result)}[/dim]")
@@ -118,10 +122,12 @@ def main(arguments: Arguments) -> None:
     text = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     if model.tokenizer.has_chat_template and not arguments.raw:
         messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
-        text = model.tokenizer.chat([*messages, {"role": "user", "content": text}])
+        prompt = ask(model.tokenizer, [*messages, {"role": "user", "content": text}])
     elif arguments.system:
         raise ValueError("--system needs a model with a chat template, and no --raw")
-    result = answer(model, text, arguments, lambda piece: console.print(piece, end="", markup=False, soft_wrap=True))
+    else:
+        prompt = model.tokenizer.encode(text)
+    result = answer(model, prompt, arguments, lambda piece: console.print(piece, end="", markup=False, soft_wrap=True))
     console.print(f"\n[dim]{statistics(result)}[/dim]")
     session.finish({
         "tokens": result.tokens[0].tolist(), "text": result.text[0], "finish": result.finish[0],

@@ -15,7 +15,7 @@ import jaxlm
 from infer import session
 
 
-def main(model: str, text: pathlib.Path, window: int = 1024, stride: int | None = None, limit: int | None = None,
+def main(model: str, text: pathlib.Path, window: int | None = None, stride: int | None = None, limit: int | None = None,
          batch: int = 1, dtype: Literal["float32", "bfloat16", "float16"] | None = None,
          as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
     """Scores a text in windows that overlap by window - stride tokens; overlapped tokens are context and counted once.
@@ -23,7 +23,7 @@ def main(model: str, text: pathlib.Path, window: int = 1024, stride: int | None 
     Args:
       model: a Hugging Face directory, a GGUF file, or the id of a model on the hub.
       text: a UTF-8 file.
-      window: tokens scored at once, at most the model's context.
+      window: tokens scored at once, at most the model's context; default 1024 or the context.
       stride: tokens from one window to the next; default the window, so that each starts without context.
       limit: score only the first so many tokens.
       batch: windows scored side by side.
@@ -37,6 +37,7 @@ def main(model: str, text: pathlib.Path, window: int = 1024, stride: int | None 
         loaded = jaxlm.load(model, dtype=None if dtype is None else jnp.dtype(dtype))
     if loaded.tokenizer is None:
         raise ValueError(f"{model} has no tokenizer, so it cannot take text")
+    window = min(1024, loaded.config.length) if window is None else window
     stride = window if stride is None else stride
     if not 1 <= stride <= window <= loaded.config.length or window < 2:
         raise ValueError(f"it must hold that 1 <= stride ({stride}) <= window ({window}) <= the context "

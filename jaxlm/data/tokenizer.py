@@ -557,7 +557,10 @@ def _bytes_and_first(
 ) -> tuple[list[bytes], Callable[[bytes], bytes]]:
     """(what each token stands for inside a text, what becomes of it at the start), read off the backend's decoder."""
     state = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": "Words"}
-    parts = {part["type"]: part for part in state.get("decoders", [state])}
+    steps = state.get("decoders", [state])
+    parts = {step["type"]: step for step in steps}
+    spaces = [step["replacement"] for step in steps if step["type"] == "Metaspace"]
+    spaces += [s["pattern"].get("String") for s in steps if s["type"] == "Replace" and s["content"] == " "]
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     if "ByteLevel" in parts:
         spelling = _byte_spelling()
@@ -568,15 +571,14 @@ def _bytes_and_first(
             return bytes(spelling[letter] for letter in token)
 
         first = _unchanged
-    elif "Metaspace" in parts or "Replace" in parts:
-        space = parts["Metaspace"]["replacement"] if "Metaspace" in parts else parts["Replace"]["pattern"]["String"]
+    elif spaces and spaces[0]:
         spelt = {f"<0x{i:02X}>": bytes([i]) for i in range(256)} if "ByteFallback" in parts else {}
 
         def spoken(token: str) -> bytes:
-            return spelt.get(token) or token.replace(space, " ").encode()
+            return spelt.get(token) or token.replace(spaces[0], " ").encode()
 
         if "Metaspace" in parts:
-            first = _unchanged if parts["Metaspace"]["prepend_scheme"] == "never" else bytes.lstrip
+            first = _unchanged if parts["Metaspace"]["prepend_scheme"] == "never" else _without_spaces
         else:
             first = _without_space if parts.get("Strip", {}).get("start") else _unchanged
     elif parts.keys() & {"BPEDecoder", "CTC"}:
@@ -596,6 +598,10 @@ def _unchanged(piece: bytes) -> bytes:
 
 def _without_space(piece: bytes) -> bytes:
     return piece.removeprefix(b" ")
+
+
+def _without_spaces(piece: bytes) -> bytes:
+    return piece.lstrip(b" ")
 
 
 def _byte_spelling() -> dict[str, int]:

@@ -1,0 +1,161 @@
+"""The programs on a tiny model in a directory: what they print, and how they say that something is wrong."""
+
+import contextlib
+import io
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tyro
+
+import jaxlm
+from infer import convert, generate, perplexity, session
+from jaxlm import config, model, params
+from jaxlm.data.tokenizer import Tokenizer
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    letters = [chr(code) for code in range(33, 127)]
+    tokenizer = Tokenizer.from_gguf({
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.tokens": [*letters, "Ġ", "Ċ", "<end>"], "tokenizer.ggml.token_type": [1] * 96 + [3],
+        "tokenizer.ggml.eos_token_id": 96, "tokenizer.chat_template": TEMPLATE})
+    block = config.Block(config.Attention(2, 1, 8), config.Dense(24), config.PreNorm(config.RmsNorm()))
+    cfg = config.Decoder(16, config.Embedding(97), config.stack_of([block] * 2), config.RmsNorm(), config.Head(True), 128)
+    weights = params.init(model.spec(cfg), jax.random.key(0))
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    jaxlm.save(jaxlm.Model(cfg, weights, tokenizer), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch):
+    """The tests' compilation cache stays what it is."""
+    monkeypatch.setattr(session, "cache_compilations", lambda: None)
+
+
+def run(program, *arguments):
+    """Standard output of a program called with these words."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        if program is generate:
+            generate.main(tyro.cli(generate.Arguments, args=arguments))
+        else:
+            tyro.cli(program.main, args=arguments)
+    return out.getvalue()
+
+
+def test_generate_prints_one_json_object_last(directory):
+    out = run(generate, "--model", str(directory), "--prompt", "ab", "--max-new-tokens", "5", "--raw", "--json")
+    result = json.loads(out.splitlines()[-1])
+    loaded = jaxlm.load(directory)
+    expected = jaxlm.generate(loaded, ["ab"], 5)
+    assert result["tokens"] == expected.tokens[0].tolist()
+    assert result["text"] == expected.text[0]
+    assert result["prompt_tokens"] == 2
+    assert result["prefill_s"] > 0 and result["decode_s"] >= 0 and result["tokens_per_s"] >= 0
+
+
+def test_the_chat_template_is_applied_unless_raw(directory):
+    results = {}
+    for flags in ((), ("--raw",), ("--system", "s")):
+        out = run(generate, "--model", str(directory), "--prompt", "ab", "--max-new-tokens", "3", "--json", *flags)
+        results[flags] = json.loads(out.splitlines()[-1])["prompt_tokens"]
+    assert results[()] == len("<user>ab<assistant>")
+    assert results["--raw",] == len("ab")
+    assert results["--system", "s"] == len("<system>s<user>ab<assistant>")
+
+
+def test_sampling_settings_reach_the_model(directory):
+    words = ("--model", str(directory), "--prompt", "ab", "--max-new-tokens", "8", "--raw", "--json")
+    def tokens(*more):
+        return json.loads(run(generate, *words, *more).splitlines()[-1])["tokens"]
+    loaded = jaxlm.load(directory)
+    expected = jaxlm.generate(loaded, ["ab"], 8, temperature=1.5, top_k=20, key=7)
+    assert tokens("--temperature", "1.5", "--top-k", "20", "--seed", "7") == expected.tokens[0].tolist()
+    assert tokens("--repetition-penalty", "5.0") != tokens()
+
+
+def test_a_conversation_remembers(directory, monkeypatch):
+    typed = iter(["hi", "you", ""])
+    asked = []
+    answer = generate.answer
+
+    def spy(loaded, prompt, arguments, show):
+        asked.append(loaded.tokenizer.decode(prompt))
+        return answer(loaded, prompt, arguments, show)
+
+    monkeypatch.setattr("rich.console.Console.input", lambda *_: next(typed))
+    monkeypatch.setattr(generate, "answer", spy)
+    run(generate, "--model", str(directory), "--chat", "--max-new-tokens", "2")
+    assert asked[0] == "<user>hi<assistant>"
+    assert asked[1].startswith("<user>hi<assistant>") and asked[1].endswith("<user>you<assistant>")
+    assert len(asked) == 2
+
+
+def test_convert_keeps_the_logits(directory, tmp_path):
+    out = run(convert, "--from", str(directory), "--to", str(tmp_path / "out"), "--json")
+    result = json.loads(out.splitlines()[-1])
+    first, second = jaxlm.load(directory), jaxlm.load(tmp_path / "out")
+    assert result["parameters"] == params.count(first.params)
+    assert first.config == second.config
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    with pytest.raises(ValueError, match="not empty"):
+        run(convert, "--from", str(directory), "--to", str(tmp_path / "out"))
+
+
+def test_perplexity_is_the_mean_of_scores(directory, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be\nthat is the question")
+    loaded = jaxlm.load(directory)
+    tokens = loaded.tokenizer.encode(text.read_text())
+
+    result = json.loads(run(perplexity, "--model", str(directory), "--text", str(text), "--json").splitlines()[-1])
+    nats = -jaxlm.score(loaded, [tokens])[0].astype(float).sum() / (len(tokens) - 1)
+    assert result["nats_per_token"] == pytest.approx(nats, rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(nats * len(tokens) / len(text.read_bytes()) / math.log(2), rel=1e-5)
+
+    # Windows that overlap: each token is counted once, with at least `window - stride` tokens before it.
+    result = json.loads(run(perplexity, "--model", str(directory), "--text", str(text), "--window", "16", "--stride", "4",
+                            "--batch", "3", "--json").splitlines()[-1])
+    assert result["scored"] == len(tokens) - 1
+    expected = list(jaxlm.score(loaded, [tokens[:16]])[0][1:])
+    for start in range(4, len(tokens) - 12, 4):
+        expected += list(jaxlm.score(loaded, [tokens[start:start + 16]])[0][12:])
+    assert result["nats_per_token"] == pytest.approx(-np.mean(expected, dtype=float), rel=1e-5)
+    with pytest.raises(ValueError, match="stride"):
+        run(perplexity, "--model", str(directory), "--text", str(text), "--window", "8", "--stride", "9")
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (("--chat", "--json"), "do not go together"),
+    (("--prompt", "ab", "--raw", "--system", "s"), "--system needs"),
+    (("--prompt", "a" * 200, "--raw"), "context is 128"),
+    (("--prompt", "", "--raw"), "empty"),
+    (("--prompt", "ab", "--top-p", "0"), "top_p"),
+])
+def test_generate_says_what_is_wrong(directory, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run(generate, "--model", str(directory), *flags)
+
+
+@pytest.mark.slow
+def test_as_a_process(directory):
+    def process(*words):
+        return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
+
+    good = process("infer.generate", "--model", str(directory), "--prompt", "ab", "--max-new-tokens", "4", "--json")
+    assert good.returncode == 0, good.stderr
+    assert set(json.loads(good.stdout)) >= {"tokens", "text", "prefill_s", "decode_s", "tokens_per_s"}
+    bad = process("infer.generate", "--model", str(directory / "nothing"), "--prompt", "ab")
+    assert bad.returncode == 1 and bad.stderr.startswith("error:") and "Traceback" not in bad.stderr
+    for program in ("generate", "convert", "perplexity", "demo"):
+        shown = process(f"infer.{program}", "--help")
+        assert shown.returncode == 0 and "usage" in shown.stdout.lower()
