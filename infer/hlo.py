@@ -111,8 +111,9 @@ def _instruction(name: str, text: str) -> Instruction:
     opcode, start = text[:text.index("(")], text.index("(")
     end = _balanced(text, start)
     inside = text[start + 1:end - 1]
-    operands = () if opcode in ("constant", "parameter") else tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Instruction(name, opcode, shapes, operands, inside + text[end:] if opcode in ("constant", "parameter") else text[end:])
+    if opcode in ("constant", "parameter"):  # a literal or a number, no operands
+        return Instruction(name, opcode, shapes, (), inside + text[end:])
+    return Instruction(name, opcode, shapes, tuple(re.findall(r"%([\w.\-]+)", inside)), text[end:])
 
 
 class Module:

@@ -15,6 +15,8 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm import config
@@ -82,23 +84,47 @@ def unstack(cache: Cache) -> Cache:
 AXES = ("layers", "batch", "kv_heads", None, "head")  # of stacked keys and values
 
 
-def _write(old: Float[Array, "*R B K S H"], new: Float[Array, "*R B K T H"], start: Int[Array, "B"]) -> Array:
-    """Rows of `new` at each row's own start. A row that would not fit is filled with NaN, never written shifted."""
-    fits = start + new.shape[-2] <= old.shape[-2]
-    new = jnp.where(fits.reshape((-1, 1, 1, 1)) if new.ndim == 4 else fits.reshape((1, -1, 1, 1, 1)), new, jnp.nan)
-    batch = new.ndim - 4
-    if old.shape[batch] == 1:  # a plain slice update, which every compiler does in place
-        zero = jnp.zeros((), start.dtype)
-        where = [zero] * old.ndim
-        where[-2] = start[0]
-        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), where)
+def _order(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes major to minor as a TPU lays such a cache out: slots by head width, or swapped where that takes less padding."""
+    def padded(rows: int, lanes: int) -> int:
+        return -(-rows // 8) * 8 * -(-lanes // 128) * 128
+    axes, (slots, head) = tuple(range(len(shape))), shape[-2:]
+    return (*axes[:-2], axes[-1], axes[-2]) if padded(head, slots) < padded(slots, head) else axes
 
-    def row(old, new, at):
-        where = [jnp.zeros((), at.dtype)] * old.ndim
-        where[-2] = at
+
+def _update(old: Array, new: Array, *where: Array) -> Array:
+    """`dynamic_update_slice` in place. TPU compilers need telling: free to choose, they may lay the result out in another
+    order than the argument and copy the whole cache there and back."""
+    def pinned(old: Array, new: Array, *where: Array) -> Array:
+        def pin(x: Array) -> Array:
+            return with_layout_constraint(x, Layout(_order(old.shape)))
+        return pin(jax.lax.dynamic_update_slice(pin(old), pin(new), where))
+
+    def plain(old: Array, new: Array, *where: Array) -> Array:
         return jax.lax.dynamic_update_slice(old, new, where)
 
-    return jax.vmap(row, in_axes=(batch, batch, 0), out_axes=batch)(old, new.astype(old.dtype), start)
+    return jax.lax.platform_dependent(old, new, *where, tpu=pinned, default=plain)
+
+
+def _write(layers: Any, new: Any, start: Int[Array, "B"]) -> Any:
+    """Rows of `new` at each row's own start. A row that would not fit is filled with NaN, never written shifted."""
+    def prepare(old: Float[Array, "*R B K S H"], new: Float[Array, "*R B K T H"]) -> Array:
+        fits = start + new.shape[-2] <= old.shape[-2]
+        fits = fits.reshape((-1, 1, 1, 1)) if new.ndim == 4 else fits.reshape((1, -1, 1, 1, 1))
+        return jnp.where(fits, new, jnp.nan).astype(old.dtype)
+
+    new = jax.tree.map(prepare, layers, new)
+
+    def row(b: Any, layers: Any) -> Any:
+        def one(old: Array, new: Array) -> Array:
+            batch, zero = old.ndim - 4, jnp.zeros((), start.dtype)
+            where = [zero] * old.ndim
+            where[batch], where[-2] = jnp.asarray(b, start.dtype), start[b]
+            return _update(old, jax.lax.dynamic_slice_in_dim(new, b, 1, batch), *where)
+        return jax.tree.map(one, layers, new)
+
+    # One loop over rows for all layers: every compiler makes these writes in place, which it does not for a scatter.
+    return row(0, layers) if start.shape[0] == 1 else jax.lax.fori_loop(0, start.shape[0], row, layers)
 
 
 def append(cache: Cache, new: Any, count: Int[Array, "B"]) -> Cache:
@@ -116,12 +142,12 @@ def append(cache: Cache, new: Any, count: Int[Array, "B"]) -> Cache:
     """
     width = jax.tree.leaves(new)[0].shape[-2]
     if not isinstance(cache.length, jax.core.Tracer):
-        over = [int(row) for row in jnp.nonzero(cache.length + width > cache.slots)[0]]
-        if over:
-            raise ValueError(f"the cache is full: row {over[0]} holds {int(cache.length[over[0]])} of {cache.slots} slots "
+        length = np.asarray(cache.length)
+        over = np.flatnonzero(length + width > cache.slots)
+        if len(over):
+            raise ValueError(f"the cache is full: row {over[0]} holds {length[over[0]]} of {cache.slots} slots "
                              f"and {width} more were to be written; allocate more slots")
-    layers = jax.tree.map(lambda old, rows: _write(old, rows, cache.length), cache.layers, new)
-    return Cache(layers, cache.length + count)
+    return Cache(_write(cache.layers, new, cache.length), cache.length + count)
 
 
 def commit(cache: Cache, new: Any, path: Int[Array, "B D"], count: Int[Array, "B"]) -> Cache:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxlm import block, config, model, params
 from jaxlm.cache import KeyValue
 from jaxlm.layers import attention, embed, feedforward, norm
-from jaxlm.layers.mask import describe
+from jaxlm.layers.mask import Context, describe
 
 
 def _weights(module: nn.Module, spec: params.Spec) -> dict[str, Any]:
@@ -27,6 +27,13 @@ def _weights(module: nn.Module, spec: params.Spec) -> dict[str, Any]:
     # Linen's own check of a parameter that is there expects plain arrays.
     return {name: module.get_variable("params", name) if module.has_variable("params", name)
             else module.param(name, fresh, name) for name in spec}
+
+
+def _context(cfg: config.Attention, x: Float[Array, "B T D"], cached: KeyValue | None,
+             known: dict[str, Array]) -> Context:
+    if cached is not None and known.get("length") is None:
+        raise ValueError("cached keys and values need `length`, how many of their slots count in each row")
+    return describe([cfg], *x.shape[:2], **known)
 
 
 class Norm(nn.Module):
@@ -83,9 +90,12 @@ class Attention(nn.Module):
         Args:
           cached: committed keys and values [B, K, S, H], of which `length` count.
           known: positions, segments, mask, length, total as `jaxlm.layers.mask.describe` takes them.
+
+        Raises:
+          ValueError: for `cached` without `length`.
         """
         weights = _weights(self, attention.spec(self.cfg, x.shape[-1]))
-        return attention.apply(weights, self.cfg, x, describe([self.cfg], *x.shape[:2], **known), cached)
+        return attention.apply(weights, self.cfg, x, _context(self.cfg, x, cached, known), cached)
 
 
 class Block(nn.Module):
@@ -99,8 +109,7 @@ class Block(nn.Module):
                  **known: Array) -> tuple[Float[Array, "B T D"], KeyValue]:
         """The output and the T tokens' keys and values; arguments as `Attention` takes them."""
         weights = _weights(self, block.spec(self.cfg, x.shape[-1]))
-        context = describe([self.cfg.attention], *x.shape[:2], **known)
-        return block.apply(weights, self.cfg, x, context, cached)
+        return block.apply(weights, self.cfg, x, _context(self.cfg.attention, x, cached, known), cached)
 
 
 class Decoder(nn.Module):
@@ -112,8 +121,8 @@ class Decoder(nn.Module):
       >>> stack, embedding = config.stack_of([one] * 2), config.Embedding(11)
       >>> cfg = config.Decoder(8, embedding, stack, config.RmsNorm(), config.Head(tied=True), length=32)
       >>> decoder = Decoder(cfg)
-      >>> variables = decoder.init(jax.random.key(0), jnp.array([[1, 2, 3]]))
-      >>> decoder.apply(variables, jnp.array([[1, 2, 3]])).logits.shape
+      >>> variables = jax.jit(decoder.init)(jax.random.key(0), jnp.array([[1, 2, 3]]))
+      >>> jax.jit(decoder.apply)(variables, jnp.array([[1, 2, 3]])).logits.shape
       (1, 3, 11)
     """
 

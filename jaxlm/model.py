@@ -13,6 +13,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxlm import config, stack
@@ -60,8 +61,9 @@ def check_tokens(tokens: Any, vocabulary: int) -> None:
     """
     if isinstance(tokens, jax.core.Tracer):
         return
-    bad = jnp.argwhere((tokens < 0) | (tokens >= vocabulary))
-    if bad.shape[0]:
+    tokens = np.asarray(tokens)
+    bad = np.argwhere((tokens < 0) | (tokens >= vocabulary))
+    if len(bad):
         place = tuple(int(i) for i in bad[0])
         raise ValueError(f"token id {int(tokens[place])} at {place} is out of range: the vocabulary has {vocabulary}, "
                          f"ids 0 to {vocabulary - 1}")

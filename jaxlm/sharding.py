@@ -111,9 +111,9 @@ def match(tree: PyTree, spec: Mapping[str, Any], mesh: Mesh, rules: Rules = RULE
     flat = paths(spec)
 
     def one(path, weight):
-        param = flat[jax.tree_util.keystr(path, simple=True, separator="/")]
+        axes = flat[jax.tree_util.keystr(path, simple=True, separator="/")].axes
+
         def place(shape):
-            axes = [axis if n > 1 or m == 1 else None for axis, n, m in zip(param.axes, shape, param.shape, strict=True)]
             return NamedSharding(mesh, partition(axes, shape, mesh.shape, rules))
         return Int8(place(weight.values.shape), place(weight.scale.shape)) if isinstance(weight, Int8) else place(weight.shape)
 

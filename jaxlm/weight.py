@@ -102,7 +102,9 @@ def einsum(equation: str, x: Float[Array, "..."], w: Weight, dtype: Any = None) 
 def take(w: Weight, ids: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
     """Rows of an embedding [V, D], in `dtype`. Ids must be within range: see `jaxlm.model.check_tokens`."""
     if isinstance(w, Int8):
-        rows = jnp.take(w.values, ids, axis=0, mode="clip").astype(dtype)
+        # A single row would become a slice, for which TPU compilers copy the whole table into another layout, every time.
+        flat = jnp.broadcast_to(ids.reshape(-1), (2,)) if ids.size == 1 else ids.reshape(-1)
+        rows = jnp.take(w.values, flat, axis=0, mode="clip")[:ids.size].reshape(*ids.shape, w.shape[1]).astype(dtype)
         shared = w.scale.shape[0] == 1
         scale = w.scale.reshape((1,) * ids.ndim + w.scale.shape[1:]) if shared else jnp.take(w.scale, ids, axis=0, mode="clip")
         return rows * scale.astype(dtype)

@@ -7,8 +7,9 @@ device there are two programs, the prefill and the loop, each compiled once per 
 import dataclasses
 import functools
 import math
+import operator
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,9 @@ from jaxlm import config, model, sharding
 from jaxlm.decoding import loop, stop
 from jaxlm.decoding.logits import Settings
 from jaxlm.model import Model
+
+
+_LARGEST = 1e30  # of temperatures, penalties and biases: with larger ones, float32 arithmetic on logits may overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +110,15 @@ class Generation:
 
 
 def _rows(name: str, value: Any, batch: int, low: float, high: float, off: float, kind: Any, open_low: bool = False) -> Any:
-    """A setting as an array [B], or None where every row has it off."""
-    values = np.asarray(value, np.float64)
+    """A setting as an array [B], or None where every row has it off. Whole numbers are cut to `high`."""
+    try:
+        values = np.asarray(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be one number or one per row ({batch}), got {value!r}") from error
+    if kind == jnp.int32:
+        if np.any(values % 1):
+            raise ValueError(f"{name} must be a whole number, got {value}")
+        values = np.minimum(values, high)
     if values.ndim > 1 or (values.ndim == 1 and len(values) != batch):
         raise ValueError(f"{name} must be one number or one per row ({batch}), got shape {values.shape}")
     good = (values > low if open_low else values >= low) & (values <= high)
@@ -117,6 +128,21 @@ def _rows(name: str, value: Any, batch: int, low: float, high: float, off: float
     if np.all(values == off):
         return None
     return jnp.asarray(np.broadcast_to(values, batch), kind)
+
+
+def _stops(stop_strings: Any, batch: int) -> tuple[tuple[str, ...], ...]:
+    """Every row's stop strings."""
+    try:
+        if stop_strings is not None and all(isinstance(string, str) for string in stop_strings):
+            stop_strings = [stop_strings] * batch
+        rows = _per_row("stop_strings", stop_strings, batch, ())
+        rows = tuple((row,) if isinstance(row, str) else tuple(row or ()) for row in rows)
+        wrong = [string for row in rows for string in row if not isinstance(string, str)]
+    except TypeError:
+        wrong = [stop_strings]
+    if wrong:
+        raise ValueError(f"stop_strings must be a string, a list of strings or a list of them per row, got {wrong[0]!r}")
+    return rows
 
 
 def _per_row(name: str, value: Any, batch: int, single: type | tuple[()]) -> list[Any]:
@@ -131,8 +157,11 @@ def _per_row(name: str, value: Any, batch: int, single: type | tuple[()]) -> lis
 
 def _bias(logit_bias: Any, banned: Any, batch: int, vocabulary: int) -> Float[Array, "B V"] | None:
     biases = _per_row("logit_bias", logit_bias, batch, Mapping)
-    nested = banned is not None and len(banned) > 0 and not isinstance(banned[0], (int, np.integer))
-    bans = list(banned) if nested else [banned] * batch
+    if not all(row is None or isinstance(row, Mapping) for row in biases):
+        raise ValueError(f"logit_bias must be {{token id: number}}, once or once per row, got {logit_bias!r}")
+    bans = [banned] if isinstance(banned, (int, np.integer)) else list(() if banned is None else banned)
+    if all(np.ndim(ban) == 0 and ban is not None for ban in bans):
+        bans = [bans] * batch
     if len(bans) != batch:
         raise ValueError(f"banned_tokens must be one list of ids or one per row ({batch}), got {len(bans)}")
     if not any(biases) and not any(row is not None and len(row) for row in bans):
@@ -143,9 +172,9 @@ def _bias(logit_bias: Any, banned: Any, batch: int, vocabulary: int) -> Float[Ar
         for token, value in pairs:
             if not 0 <= int(token) < vocabulary:
                 raise ValueError(f"token id {token} in logit_bias or banned_tokens is out of range: 0 to {vocabulary - 1}")
-            if math.isnan(value) or value == math.inf:
-                raise ValueError(f"logit_bias of token {token} must be finite or -inf, got {value}")
-            bias[row, int(token)] += value
+            if not value <= _LARGEST:
+                raise ValueError(f"logit_bias of token {token} must be at most {_LARGEST:g}, got {value}")
+            bias[row, int(token)] += value if value >= -_LARGEST else -math.inf
         if np.all(np.isneginf(bias[row])):
             raise ValueError(f"row {row} bans every token of the vocabulary")
     return jnp.asarray(bias)
@@ -158,10 +187,10 @@ def encode(model: Model, prompts: Any) -> list[list[int]]:
       ValueError: for no prompts, a prompt without tokens, one longer than the context, ids out of range, or text without a
         tokenizer; names the prompt.
     """
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    prompts = list(prompts)
-    if prompts and isinstance(prompts[0], (int, np.integer)):
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts must be text, token ids or a list of either, got {prompts!r}")
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if prompts and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0 and prompts[0] is not None:
         prompts = [prompts]
     if not prompts:
         raise ValueError("no prompts were given: a batch of zero rows has nothing to generate")
@@ -171,7 +200,10 @@ def encode(model: Model, prompts: Any) -> list[list[int]]:
             if model.tokenizer is None:
                 raise ValueError("the model has no tokenizer: give prompts as lists of token ids")
             prompt = model.tokenizer.encode(prompt)
-        row = [int(token) for token in prompt]
+        try:
+            row = [operator.index(token) for token in prompt]
+        except TypeError as error:
+            raise ValueError(f"prompt {i} must be text or token ids, got {prompt!r}") from error
         if not row:
             raise ValueError(f"prompt {i} is empty: it needs at least one token")
         if len(row) > model.config.length:
@@ -187,11 +219,11 @@ def row_keys(key: Any, batch: int) -> Key[Array, "B"]:
     """A key per row: given ones as they are; row i of one key or seed gets fold_in(key, i), whatever the batch."""
     if isinstance(key, (int, np.integer)):
         key = jax.random.key(int(key))
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise ValueError(f"key must be a seed or made by jax.random.key, got an array of {key.dtype}")
-    if key.ndim == 1:
-        if key.shape[0] != batch:
-            raise ValueError(f"there must be one key or one per row ({batch}), got {key.shape[0]}")
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"key must be a seed or made by jax.random.key, got {key!r}")
+    if key.ndim:
+        if key.shape != (batch,):
+            raise ValueError(f"there must be one key or one per row ({batch}), got {key.shape}")
         return key
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch))
 
@@ -218,19 +250,18 @@ class _Job:
             if len(row) + limit > cfg.length:
                 raise ValueError(f"prompt {i} has {len(row)} tokens and {limit} new ones were asked for: together more than "
                                  f"the model's context of {cfg.length}; at most {cfg.length - len(row)} fit")
-        inf = float("inf")
         number = partial(_rows, batch=batch)
         settings = Settings(
-            temperature=number("temperature", temperature, low=0, high=inf, off=0, kind=jnp.float32),
-            top_k=number("top_k", vocabulary if top_k is None else np.minimum(top_k, vocabulary), low=1, high=vocabulary,
-                         off=vocabulary, kind=jnp.int32),
+            temperature=number("temperature", temperature, low=0, high=_LARGEST, off=0, kind=jnp.float32),
+            top_k=number("top_k", vocabulary if top_k is None else top_k, low=1, high=vocabulary, off=vocabulary,
+                         kind=jnp.int32),
             top_p=number("top_p", top_p, low=0, high=1, off=1, kind=jnp.float32, open_low=True),
             min_p=number("min_p", min_p, low=0, high=1, off=0, kind=jnp.float32),
             typical_p=number("typical_p", typical_p, low=0, high=1, off=1, kind=jnp.float32, open_low=True),
-            repetition=number("repetition_penalty", repetition_penalty, low=0, high=inf, off=1, kind=jnp.float32,
+            repetition=number("repetition_penalty", repetition_penalty, low=0, high=_LARGEST, off=1, kind=jnp.float32,
                               open_low=True),
-            presence=number("presence_penalty", presence_penalty, low=-inf, high=inf, off=0, kind=jnp.float32),
-            frequency=number("frequency_penalty", frequency_penalty, low=-inf, high=inf, off=0, kind=jnp.float32),
+            presence=number("presence_penalty", presence_penalty, low=-_LARGEST, high=_LARGEST, off=0, kind=jnp.float32),
+            frequency=number("frequency_penalty", frequency_penalty, low=-_LARGEST, high=_LARGEST, off=0, kind=jnp.float32),
             bias=_bias(logit_bias, banned_tokens, batch, vocabulary))
         if settings.temperature is None:  # filters never change an argmax
             settings = settings.replace(top_k=None, top_p=None, min_p=None, typical_p=None)
@@ -241,9 +272,7 @@ class _Job:
         if wrong:
             raise ValueError(f"eos token id {wrong[0]} is out of range: 0 to {vocabulary - 1}")
         self.eos = eos
-        if stop_strings is not None and all(isinstance(string, str) for string in stop_strings):
-            stop_strings = [[stop_strings] if isinstance(stop_strings, str) else stop_strings] * batch
-        self.stops = tuple(tuple(row or ()) for row in _per_row("stop_strings", stop_strings, batch, ()))
+        self.stops = _stops(stop_strings, batch)
         automaton = None
         if any(self.stops):
             if model.tokenizer is None:
@@ -304,7 +333,7 @@ class _Job:
         emitted = [tokens[i, :count[i]] for i in range(len(self.rows))]
         text, finish = None, []
         if self.model.tokenizer is not None:
-            text = [self.model.tokenizer.decode(row.tolist()) for row in emitted]
+            text = [self.model.tokenizer.decode(_known(row, self.model.tokenizer)) for row in emitted]
         stopped = (np.zeros(len(emitted), bool) if state.stop is None
                    else np.asarray(self.request.automaton.found)[np.asarray(state.stop)])
         for i, row in enumerate(emitted):
@@ -315,23 +344,29 @@ class _Job:
         return Generation(emitted, text, finish, logprobs, [len(row) for row in self.rows], spent)
 
 
+def _known(tokens: np.ndarray, tokenizer: Any) -> list[int]:
+    """Without the ids that only the model has: embeddings are often padded to a round size."""
+    return tokens[tokens < tokenizer.size].tolist()
+
+
 class _Pieces:
     """Cuts the growing text of every row into pieces that can no longer change."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[Sequence[str]]):
-        self.streams = [tokenizer.stream() for _ in stops]
+        self.tokenizer, self.streams = tokenizer, [tokenizer.stream() for _ in stops]
         self.stops = stops
         self.text, self.seen, self.shown = [""] * len(stops), [0] * len(stops), [0] * len(stops)
 
     def _show(self, row: int, end: int) -> str:
+        end = max(self.shown[row], end)
         piece = self.text[row][self.shown[row]:end]
-        self.shown[row] = max(self.shown[row], end)
+        self.shown[row] = end
         return piece
 
     def push(self, tokens: np.ndarray, count: np.ndarray) -> list[str]:
         out = []
         for i, stream in enumerate(self.streams):
-            self.text[i] += stream.push(tokens[i, self.seen[i]:count[i]].tolist())
+            self.text[i] += stream.push(_known(tokens[i, self.seen[i]:count[i]], self.tokenizer))
             self.seen[i] = int(count[i])
             held = max((len(string) - 1 for string in self.stops[i]), default=0)
             out.append(self._show(i, min(len(self.text[i]) - held, _cut(self.text[i], self.stops[i]))))
@@ -362,7 +397,7 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
       temperature: 0 (greedy) takes the likeliest token, ties to the lowest id.
       top_k, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty: see
         `jaxlm.decoding.logits.Settings`.
-      logit_bias: {token id: what is added to its logit}, -inf to ban.
+      logit_bias: {token id: what is added to its logit}, -inf (or less than -1e30) to ban.
       banned_tokens: ids never to emit.
       stop_strings: a string, or a list for all rows, or a list of lists; a row ends at the token that completes one.
       eos: ids that end a row; default the tokenizer's, () for none.

@@ -100,8 +100,8 @@ def restrict(logits: Float[Array, "B V"], settings: Settings) -> Float[Array, "B
     """
     if settings.temperature is None:
         return logits
-    logits = logits - jnp.max(logits, axis=-1, keepdims=True)  # so that no temperature, however low, overflows the best
-    logits = logits / jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
+    # Below 1e-30 logits would overflow.
+    logits = logits / jnp.where(settings.temperature > 0, jnp.maximum(settings.temperature, 1e-30), 1.0)[:, None]
 
     def keep(allowed: Bool[Array, "B V"]) -> Float[Array, "B V"]:
         return jnp.where(allowed, logits, -jnp.inf)

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.io import families
-from jaxlm.io.assemble import assemble
+from jaxlm.io import assemble, families
 from jaxlm.io.gguf import GgufSource
 from jaxlm.io.huggingface import CONFIG, HuggingFaceSource, save
 from jaxlm.model import Model
@@ -52,7 +51,7 @@ def load(path: str | os.PathLike[str], dtype: Any = None, mesh: Mesh | None = No
     cfg = families.read(source.config)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    params = assemble(cfg, families.find(source.config), source, dtype, mesh)
+    params = assemble.assemble(cfg, families.find(source.config), source, dtype, mesh)
     if isinstance(source, GgufSource):
         tokenizer = Tokenizer.from_gguf(source.tokenizer_fields)
     else:

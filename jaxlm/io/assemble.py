@@ -8,7 +8,7 @@ these: the arrays keep the buffers they were filled in.
 import concurrent.futures
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jaxlm.io.families.fields import Family
 from jaxlm.io.names import Place, places
 from jaxlm.io.source import Source
 from jaxlm.params import paths
-from jaxlm.weight import dense, is_weight
+from jaxlm.weight import Weight, dense, is_weight
 
 # Rows of a matrix taken at a time when it is transposed: so many columns of the result stay in a core's cache.
 ROWS = 32
@@ -52,12 +52,11 @@ def _match(family: Family, cfg: config.Decoder, source: Source) -> list[tuple[Pl
     """
     names = source.names()
     found = places(family.table, _base(family, cfg, names), cfg)
-    wanted = {name for place in found for name in place.names}
     missing, used, resolved = set(), set(), []
     for place in found:
         mine = []
         for name, others in zip(place.names, place.also, strict=True):
-            there = [one for one in (name, *others) if one in names and (one == name or one not in wanted)]
+            there = [one for one in (name, *others) if one in names]
             if not there:
                 missing.add(name)
                 continue
@@ -164,6 +163,10 @@ def disassemble(params: PyTree, cfg: config.Decoder, family: Family) -> Iterator
         ours = spec[path].shape if path in spec else "no such weight"
         if ours != theirs:
             raise ValueError(f"the weights do not fit the config: {path} is {theirs}, the config has {ours}")
+    return _tensors(weights, cfg, family)
+
+
+def _tensors(weights: Mapping[str, Weight], cfg: config.Decoder, family: Family) -> Iterator[tuple[str, np.ndarray]]:
     for place in places(family.table, family.bases[0], cfg):
         parts = [np.asarray(dense(weights[path])) for path in place.paths]
         for repeat, name in enumerate(place.names):

@@ -625,7 +625,7 @@ class GgufSource:
                 raise ValueError(f"{self.path}: tensor {name} is {kind.name}, which the gguf package cannot "
                                  "dequantise")
             readable.add(kind)
-            if not shape or shape[-1] % numbers:
+            if not shape or 0 in shape or shape[-1] % numbers:
                 raise ValueError(f"{self.path}: tensor {name} of shape {shape} cannot be {kind.name}, which "
                                  f"comes in blocks of {numbers}")
             tensors[name] = Tensor(name, kind, shape, start + offset, math.prod(shape) // numbers * size)

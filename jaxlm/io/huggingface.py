@@ -126,8 +126,9 @@ def save(model: Model, path: str | os.PathLike[str], *, family: str | None = Non
     if held:
         raise ValueError(f"{directory} holds weights already: {', '.join(held)}")
     chosen, values = families.write(model.config, family)
+    tensors = disassemble(model.params, model.config, chosen)
     directory.mkdir(parents=True, exist_ok=True)
-    _write_weights(directory, disassemble(model.params, model.config, chosen), shard_bytes)
+    _write_weights(directory, tensors, shard_bytes)
     # Always written: transformers' own defaults for a class would be some other vocabulary's.
     special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if model.tokenizer is not None:
@@ -138,6 +139,8 @@ def save(model: Model, path: str | os.PathLike[str], *, family: str | None = Non
     dtype = str(model.params["decoder"]["embedding"]["tokens"].dtype)
     # Last, so that a directory that has it is whole.
     (directory / CONFIG).write_text(json.dumps(values | special | {"torch_dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+    for file in directory.glob("*.safetensors"):  # which the package makes readable for nobody else
+        file.chmod((directory / CONFIG).stat().st_mode)
 
 
 def _write_weights(directory: pathlib.Path, tensors: Any, shard_bytes: int) -> None:

@@ -27,6 +27,7 @@ class Row:
       blocks: several weights follow one another along the outputs, and do so in this many equal runs: 1 is all of q, then k,
         then v; None is as many as there are key-value heads.
       also: other names it goes by, looked for where the first is missing.
+      twins: names it also goes by where the head is tied to the embedding.
       when: which blocks it is about; None is all.
     """
 
@@ -35,6 +36,7 @@ class Row:
     out_axis: int = 0
     blocks: int | None = 1
     also: tuple[str, ...] = ()
+    twins: tuple[str, ...] = ()
     when: Callable[[config.Block], bool] | None = None
 
 
@@ -144,7 +146,7 @@ def places(table: tuple[Row, ...], base: str, cfg: config.Decoder) -> tuple[Plac
 def _expand(row: Row, base: str, cfg: config.Decoder, leaves: Mapping[str, Param]) -> Iterator[Place]:
     if "{block}" not in row.ours[0]:
         if row.ours[0] in leaves:
-            also = tuple(name.format(base=base) for name in row.also)
+            also = tuple(name.format(base=base) for name in row.also + (row.twins if cfg.head.tied else ()))
             yield Place(row.ours, tuple(leaves[path] for path in row.ours), (row.theirs.format(base=base),), (also,), False,
                         row.out_axis, row.blocks or 1)
         return

@@ -37,6 +37,7 @@ def _write_bloom(cfg: config.Decoder) -> dict[str, Any]:
 def _read_mpt(fields: Fields) -> config.Decoder:
     width, heads, head_width = split_width(fields, "d_model", "n_heads")
     inner = fields.inner("attn_config", fields.get("attn_config"))
+    # transformers always takes 8 and so computes something else than MosaicML's own code for MPT-7B-StoryWriter, with 16.
     top = inner.optional("alibi_bias_max")
     for key, value in (("attn_type", "multihead_attention"), ("alibi", True), ("attn_uses_sequence_id", False),
                        ("prefix_lm", False), ("qk_ln", False)):
@@ -128,7 +129,7 @@ _INTERLEAVED = (
     *linear("{block}/attention/o", f"{H}.self_attention.dense"),
     *linear("{block}/feedforward/up", f"{H}.mlp.dense_h_to_4h"),
     *linear("{block}/feedforward/down", f"{H}.mlp.dense_4h_to_h"),
-    Row(("decoder/embedding/tokens",), "{base}word_embeddings.weight", also=("lm_head.weight",)),
+    Row(("decoder/embedding/tokens",), "{base}word_embeddings.weight", twins=("lm_head.weight",)),
     *norm("decoder/norm", "{base}ln_f"),
     *head("lm_head"),
 )
@@ -145,7 +146,7 @@ FAMILIES = (
                   "max_position_embeddings": 2048, "layer_norm_epsilon": 1e-5, "activation": "gelu",
                   "tie_word_embeddings": True}),
     Family("mpt", "MPT", "MptForCausalLM", (
-        Row(("decoder/embedding/tokens",), "{base}wte.weight", also=("lm_head.weight",)),
+        Row(("decoder/embedding/tokens",), "{base}wte.weight", twins=("lm_head.weight",)),
         *norm("decoder/norm", "{base}norm_f"),
         *head("lm_head"),
         *norm("{block}/attention_norm", f"{BLOCK}.norm_1"),

@@ -114,11 +114,11 @@ class Fields:
             raise self.wrong(key, f"there is {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]
 
-    def inner(self, key: str, values: Mapping[str, Any] | None) -> "Fields":
+    def inner(self, key: str, values: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None) -> "Fields":
         """A nested object, read in the same way; `finish` it as well."""
         if values is not None and not isinstance(values, Mapping):
             raise self.wrong(key, "an object is needed")
-        return Fields(values or {}, f"{self.family} ({key})", {}, {})
+        return Fields(values or {}, f"{self.family} ({key})", defaults or {}, {})
 
     def finish(self, ignored: frozenset[str] = frozenset()) -> None:
         """Called when all is read; `ignored` are more keys that change nothing.

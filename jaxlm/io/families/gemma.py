@@ -92,6 +92,7 @@ def _write_gemma2(cfg: config.Decoder) -> dict[str, Any]:
 
 
 def _read_gemma3(fields: Fields) -> config.Decoder:
+    fields.expect("attn_logit_softcapping")  # none was released with one, and transformers pays no attention to it
     common, rms = _attention(fields), _rms(fields)
     far, length = rope(fields, common["head_width"], base=1e6, kind="full_attention")
     near, _ = rope(fields, common["head_width"], theta="rope_local_base_freq", kind="sliding_attention")
@@ -118,6 +119,19 @@ def _write_gemma3(cfg: config.Decoder) -> dict[str, Any]:
         for kind, one in zip(KINDS, (far, near), strict=True)}}
 
 
+def _read_multimodal(fields: Fields) -> config.Decoder:
+    text = fields.inner("text_config", fields.get("text_config"), _GEMMA3)
+    fields.expect("tie_word_embeddings", True)
+    text.expect("tie_word_embeddings", True)
+    cfg = _read_gemma3(text)
+    text.finish()
+    return cfg
+
+
+def _write_multimodal(cfg: config.Decoder) -> dict[str, Any]:
+    raise ValueError("the vision part is not there; what was its text part is saved as gemma3_text")
+
+
 DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "attention_bias": False, "head_dim": 256}
 _CAPPED = DEFAULTS | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096}
 # transformers' own sizes are the 4B model's, whose config.json leaves most of them out.
@@ -131,4 +145,8 @@ FAMILIES = (
     Family("gemma2", "Gemma 2", "Gemma2ForCausalLM", _TABLE, _read_gemma2, _write_gemma2,
            defaults=_CAPPED | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
     Family("gemma3_text", "Gemma 3 270M, 1B", "Gemma3ForCausalLM", _TABLE, _read_gemma3, _write_gemma3, defaults=_GEMMA3),
+    Family("gemma3", "Gemma 3 4B, 12B, 27B: their text part", "Gemma3ForConditionalGeneration", _TABLE, _read_multimodal,
+           _write_multimodal, bases=("model.language_model.", "language_model.model."),
+           ignored=frozenset("boi_token_index eoi_token_index image_token_index mm_tokens_per_image vision_config".split()),
+           leftover=(r"(model\.)?vision_tower\..*", r"(model\.)?multi_modal_projector\..*")),
 )

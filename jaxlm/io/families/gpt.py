@@ -104,7 +104,7 @@ _SPELLINGS = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions",
 
 FAMILIES = (
     Family("gpt2", "GPT-2, DistilGPT2", "GPT2LMHeadModel", (
-        Row(("decoder/embedding/tokens",), "{base}wte.weight", also=("lm_head.weight",)),
+        Row(("decoder/embedding/tokens",), "{base}wte.weight", twins=("lm_head.weight",)),
         Row(("decoder/embedding/positions",), "{base}wpe.weight"),
         *norm("decoder/norm", "{base}ln_f"),
         *head("lm_head"),
@@ -119,7 +119,7 @@ FAMILIES = (
                   "tie_word_embeddings": True},
         aliases=_SPELLINGS, ignored=IGNORED, leftover=BUFFERS),
     Family("gpt_neox", "GPT-NeoX, Pythia", "GPTNeoXForCausalLM", (
-        Row(("decoder/embedding/tokens",), "{base}embed_in.weight", also=("embed_out.weight", "lm_head.weight")),
+        Row(("decoder/embedding/tokens",), "{base}embed_in.weight", twins=("embed_out.weight", "lm_head.weight")),
         *norm("decoder/norm", "{base}final_layer_norm"),
         *head("embed_out", "lm_head"),
         *norm("{block}/attention_norm", f"{LAYER}.input_layernorm"),
@@ -133,7 +133,7 @@ FAMILIES = (
                   "attention_bias": True},
         aliases={"rope_theta": "rotary_emb_base"}, leftover=BUFFERS),
     Family("codegen", "CodeGen", "CodeGenForCausalLM", (
-        Row(("decoder/embedding/tokens",), "{base}wte.weight", also=("lm_head.weight",)),
+        Row(("decoder/embedding/tokens",), "{base}wte.weight", twins=("lm_head.weight",)),
         *norm("decoder/norm", "{base}ln_f"),
         *head("lm_head"),
         *norm("{block}/attention_norm", f"{H}.ln_1"),

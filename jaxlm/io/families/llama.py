@@ -9,7 +9,7 @@ from jaxlm.io.names import Row, head, linear, norm
 LAYER = "{base}layers.{i}"
 
 ENDS = (
-    Row(("decoder/embedding/tokens",), "{base}embed_tokens.weight", also=("lm_head.weight",)),
+    Row(("decoder/embedding/tokens",), "{base}embed_tokens.weight", twins=("lm_head.weight", "language_model.lm_head.weight")),
     *norm("decoder/norm", "{base}norm"),
     *head("lm_head"),
 )
@@ -36,7 +36,8 @@ OUTPUT_NORMS = (
     *norm("{block}/feedforward_norm_out", f"{LAYER}.post_feedforward_layernorm"),
 )
 
-DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False}
+DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+_BIASED = DEFAULTS | {"attention_bias": False}
 
 
 def sizes(fields: Fields) -> tuple[int, int, int, int]:
@@ -242,16 +243,16 @@ _QWEN = DEFAULTS | {"use_sliding_window": False, "sliding_window": 4096, "max_wi
 
 FAMILIES = (
     Family("llama", "Llama 2, 3, 3.1, 3.2, 3.3; SmolLM, SmolLM2; TinyLlama", "LlamaForCausalLM", TABLE, _read_llama,
-           _write_llama, defaults=DEFAULTS | {"mlp_bias": False}),
+           _write_llama, defaults=_BIASED | {"mlp_bias": False}),
     Family("mistral", "Mistral 7B", "MistralForCausalLM", TABLE, _read_mistral, _write_mistral,
            defaults=DEFAULTS | {"sliding_window": 4096}),
     Family("qwen2", "Qwen 2, 2.5; Qwen2.5-Coder", "Qwen2ForCausalLM", TABLE, _read_qwen2, _write_qwen2, defaults=_QWEN),
-    Family("qwen3", "Qwen 3", "Qwen3ForCausalLM", TABLE, _read_qwen3, _write_qwen3, defaults=_QWEN | {"head_dim": 128}),
+    Family("qwen3", "Qwen 3", "Qwen3ForCausalLM", TABLE, _read_qwen3, _write_qwen3, defaults=_QWEN | {"head_dim": 128, "attention_bias": False}),
     Family("smollm3", "SmolLM3", "SmolLM3ForCausalLM", TABLE, _read_smollm3, _write_smollm3,
-           defaults=DEFAULTS | {"tie_word_embeddings": True, "no_rope_layer_interval": 4, "mlp_bias": False,
+           defaults=_BIASED | {"tie_word_embeddings": True, "no_rope_layer_interval": 4, "mlp_bias": False,
                                 "use_sliding_window": False}),
     Family("olmo2", "OLMo 2", "Olmo2ForCausalLM", ENDS + ATTENTION + FEEDFORWARD + OUTPUT_NORMS, _read_olmo2, _write_olmo2,
-           defaults=DEFAULTS | {"rms_norm_eps": 1e-5}),
+           defaults=_BIASED | {"rms_norm_eps": 1e-5}),
     Family("phi3", "Phi-3, Phi-3.5 mini; Phi-4, Phi-4 mini", "Phi3ForCausalLM", (
         *ENDS, *NORMS,
         *linear(("{block}/attention/q", "{block}/attention/k", "{block}/attention/v"), f"{LAYER}.self_attn.qkv_proj"),

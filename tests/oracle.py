@@ -1,0 +1,224 @@
+"""The model once more, in float64 NumPy and the slow obvious way: a loop over rows, heads, queries and keys.
+
+Takes the same configs and the same trees of (plain, stacked) weights. Only whole texts: no cache.
+"""
+
+import math
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+from jaxlm import config
+
+
+def norm(params, cfg, x):
+    out = np.zeros_like(x)
+    for place in np.ndindex(x.shape[:-1]):
+        row, scale = x[place], np.asarray(params["scale"], np.float64)
+        if isinstance(cfg, config.RmsNorm):
+            out[place] = row / math.sqrt((row**2).mean() + cfg.eps) * (scale + cfg.offset)
+        else:
+            out[place] = (row - row.mean()) / math.sqrt(row.var() + cfg.eps) * scale
+            if cfg.bias:
+                out[place] += np.asarray(params["bias"], np.float64)
+    return out
+
+
+def frequency(cfg, width, pair, total):
+    """(radians per position, magnitude) of one rotated pair in a text of `total` tokens."""
+    plain = cfg.base ** (-2 * pair / width)
+    match cfg.scaling:
+        case None:
+            return plain, 1.0
+        case config.LinearScaling(factor):
+            return plain / factor, 1.0
+        case config.DynamicNtkScaling(factor, length):
+            growth = factor * max(total, length) / length - (factor - 1)
+            return (cfg.base * growth ** (width / (width - 2))) ** (-2 * pair / width), 1.0
+        case config.Llama3Scaling(factor, low, high, length):
+            wavelength = 2 * math.pi / plain
+            if wavelength < length / high:
+                return plain, 1.0
+            if wavelength > length / low:
+                return plain / factor, 1.0
+            smooth = (length / wavelength - low) / (high - low)
+            return (1 - smooth) * plain / factor + smooth * plain, 1.0
+        case config.YarnScaling() as scaling:
+            def pair_that_turns(times):
+                return width * math.log(scaling.length / (times * 2 * math.pi)) / (2 * math.log(cfg.base))
+            low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+            if scaling.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, width - 1)
+            slow = min(max((pair - low) / max(high - low, 1e-3), 0), 1)
+            return plain / scaling.factor * slow + plain * (1 - slow), scaling.magnitude
+        case config.LongRopeScaling() as scaling:
+            divisors = scaling.long if total > scaling.length else scaling.short
+            return plain / divisors[pair], scaling.magnitude
+
+
+def rotate(cfg, width, x, position, total):
+    """One head's vector [H] at a position."""
+    out = x.copy()
+    for pair in range(width // 2):
+        a, b = (2 * pair, 2 * pair + 1) if cfg.interleaved else (pair, pair + width // 2)
+        radians, magnitude = frequency(cfg, width, pair, total)
+        cos, sin = magnitude * math.cos(position * radians), magnitude * math.sin(position * radians)
+        out[a], out[b] = x[a] * cos - x[b] * sin, x[b] * cos + x[a] * sin
+    return out
+
+
+def alibi(cfg, head, query, key):
+    if cfg.rounded:
+        return float(bfloat16(float(bfloat16(cfg.slopes[head])) * float(bfloat16(key))))
+    return -cfg.slopes[head] * abs(query - key)
+
+
+def allowed(cfg, query, key, mask):
+    """query, key: (index in the row, position, segment); mask [T, T] or None."""
+    if query[1] < 0 or key[1] < 0 or query[2] != key[2]:
+        return False
+    if cfg.window is not None and abs(query[1] - key[1]) >= cfg.window:
+        return False
+    if mask is not None:
+        return bool(mask[query[0], key[0]])
+    return key[1] <= query[1] or not cfg.causal
+
+
+def attention(params, cfg, x, positions, segments=None, mask=None, total=None):
+    """x [B, T, D], positions [B, T], mask [B, T, T], total [B]; tokens at a position of -1 get zeros."""
+    params = {name: leaf if isinstance(leaf, dict) else np.asarray(leaf, np.float64)
+              for name, leaf in params.items()}
+    scale = cfg.head_width**-0.5 if cfg.scale is None else cfg.scale
+    out = np.zeros_like(x)
+    for b in range(x.shape[0]):
+        length = int(max(positions[b].max() + 1, 0 if total is None else total[b]))
+        tokens = [(t, int(positions[b, t]), 0 if segments is None else int(segments[b, t]))
+                  for t in range(x.shape[1])]
+        projected = {}
+        for name in "qkv":
+            y = np.einsum("TD,DNH->TNH", x[b], params[name])
+            if cfg.bias:
+                y = y + params[f"{name}_bias"]
+            if cfg.clip is not None:
+                y = np.minimum(np.maximum(y, -cfg.clip), cfg.clip)
+            if cfg.qk_norm is not None and name != "v":
+                whole = y if cfg.qk_norm.per_head else y.reshape(len(y), -1)
+                y = norm(params[f"{name}_norm"], cfg.qk_norm.norm, whole).reshape(y.shape)
+            if isinstance(cfg.position, config.Rope) and name != "v":
+                for t, n in np.ndindex(y.shape[:2]):
+                    y[t, n] = rotate(cfg.position, cfg.rotated, y[t, n], tokens[t][1], length)
+            projected[name] = y
+        for query in tokens:
+            seen = [key for key in tokens if allowed(cfg, query, key, None if mask is None else mask[b])]
+            for n in range(cfg.heads if query[1] >= 0 else 0):
+                shared = n // (cfg.heads // cfg.kv_heads)
+                scores = []
+                for key in seen:
+                    score = projected["q"][query[0], n] @ projected["k"][key[0], shared] * scale
+                    if cfg.softcap is not None:
+                        score = cfg.softcap * math.tanh(score / cfg.softcap)
+                    if isinstance(cfg.position, config.Alibi):
+                        score += alibi(cfg.position, n, query[1], key[1])
+                    scores.append(math.exp(score))
+                total_score = sum(scores) + (math.exp(params["sinks"][n]) if cfg.sinks else 0.0)
+                for key, score in zip(seen, scores, strict=True):
+                    out[b, query[0]] += score / total_score * projected["v"][key[0], shared] @ params["o"][n]
+            if cfg.out_bias and query[1] >= 0:
+                out[b, query[0]] += params["o_bias"]
+    return out
+
+
+def activation(kind, x):
+    match kind:
+        case config.Activation.SILU:
+            return x / (1 + np.exp(-x))
+        case config.Activation.GELU:
+            return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+        case config.Activation.GELU_TANH:
+            return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        case config.Activation.RELU:
+            return np.where(x > 0, x, 0)
+        case config.Activation.SQUARED_RELU:
+            return np.where(x > 0, x, 0) ** 2
+
+
+def feedforward(params, cfg, x):
+    params = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
+
+    def project(name, y):
+        y = y @ params[name]
+        return y + params[f"{name}_bias"] if cfg.bias else y
+
+    if cfg.gated:
+        return project("down", activation(cfg.activation, project("gate", x)) * project("up", x))
+    return project("down", activation(cfg.activation, project("up", x)))
+
+
+def block(params, cfg, x, *known):
+    def n(name, y):
+        return norm(params[name], cfg.residual.norm, y)
+
+    def a(y):
+        return attention(params["attention"], cfg.attention, y, *known)
+
+    def f(y):
+        return feedforward(params["feedforward"], cfg.feedforward, y)
+
+    m = cfg.multiplier
+    match cfg.residual:
+        case config.PreNorm():
+            x = x + m * a(n("attention_norm", x))
+            return x + m * f(n("feedforward_norm", x))
+        case config.PostNorm():
+            x = n("attention_norm_out", x + m * a(x))
+            return n("feedforward_norm_out", x + m * f(x))
+        case config.OutputNorm():
+            x = x + m * n("attention_norm_out", a(x))
+            return x + m * n("feedforward_norm_out", f(x))
+        case config.SandwichNorm():
+            x = x + m * n("attention_norm_out", a(n("attention_norm", x)))
+            return x + m * n("feedforward_norm_out", f(n("feedforward_norm", x)))
+        case config.ParallelNorm(shared=shared):
+            feed = n("attention_norm" if shared else "feedforward_norm", x)
+            return x + m * a(n("attention_norm", x)) + m * f(feed)
+
+
+def at_repeat(tree, repeat):
+    return {name: at_repeat(leaf, repeat) if isinstance(leaf, dict) else np.asarray(leaf, np.float64)[repeat]
+            for name, leaf in tree.items()}
+
+
+def layers(params, cfg, x, *known):
+    """x after 0, 1, 2 ... blocks of a stack."""
+    states = [x]
+    for layer, one in enumerate(cfg.blocks()):
+        group, place, repeat = cfg.place(layer)
+        states.append(block(at_repeat(params[str(group)][str(place)], repeat), one, states[-1], *known))
+    return states
+
+
+def embed(params, cfg, tokens, positions):
+    x = np.asarray(params["tokens"], np.float64)[tokens] * (1.0 if cfg.scale is None else cfg.scale)
+    if cfg.position is not None:
+        x = x + np.asarray(params["positions"], np.float64)[np.maximum(positions, 0) + cfg.position.offset]
+    return x if cfg.norm is None else norm(params["norm"], cfg.norm, x)
+
+
+def head(params, table, cfg, x):
+    y = x @ np.asarray(table if cfg.tied else params["out"], np.float64).T
+    if cfg.bias:
+        y = y + np.asarray(params["bias"], np.float64)
+    y = y * cfg.scale
+    return y if cfg.softcap is None else cfg.softcap * np.tanh(y / cfg.softcap)
+
+
+def decoder(params, cfg, tokens, positions=None, *known):
+    """(logits [B, T, V], states after 0 to L blocks)."""
+    params, tokens = params["decoder"], np.asarray(tokens)
+    if positions is None:
+        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    states = layers(params["blocks"], cfg.stack, embed(params["embedding"], cfg.embedding, tokens, positions),
+                    np.asarray(positions), *known)
+    last = states[-1] if cfg.norm is None else norm(params["norm"], cfg.norm, states[-1])
+    return head(params.get("head"), params["embedding"]["tokens"], cfg.head, last), states

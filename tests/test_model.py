@@ -1,0 +1,160 @@
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import cache, model, params
+from tests import oracle, tiny
+
+LENGTHS = np.array([12, 7, 3])
+POSITIONS = np.where(np.arange(12)[None] < LENGTHS[:, None], np.arange(12)[None], -1).astype(np.int32)
+
+
+@pytest.mark.parametrize("cfg", [*tiny.CAUSAL.values(), tiny.BIDIRECTIONAL], ids=[*tiny.CAUSAL, "bidirectional"])
+def test_forward_equals_numpy(cfg):
+    weights, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(3, 12)
+    taps = range(cfg.stack.layers + 1)
+    out = tiny.jit(lambda p, t: model.forward(p, cfg, t, positions=POSITIONS, hidden=taps))(weights, tokens)
+    logits, states = oracle.decoder(weights, cfg, tokens, POSITIONS)
+    valid = POSITIONS >= 0
+    assert out.logits.dtype == jnp.float32
+    np.testing.assert_allclose(np.asarray(out.logits)[valid], logits[valid], atol=3e-5)
+    for state, want in zip(out.hidden, states, strict=True):
+        np.testing.assert_allclose(np.asarray(state)[valid], want[valid], atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["local", "learned", "scalings"])
+def test_packed_documents_are_separate_ones(name):
+    """5, 4 and 3 tokens in a row, padding after the second. With a small `context` scalings go by each token's own
+    position, in either form."""
+    cfg = tiny.CAUSAL[name]
+    weights = tiny.weights(model.spec(cfg))
+    segments = np.array([[1] * 5 + [2] * 4 + [0] + [3] * 3])
+    tokens = np.asarray(tiny.tokens(1, 13))
+    forward = tiny.jit(lambda t, **known: model.forward(weights, cfg, t, context=np.array([1], np.int32), **known).logits)
+    packed = np.asarray(forward(tokens, segments=segments))
+    for segment in (1, 2, 3):
+        mine = segments[0] == segment
+        alone = np.where(np.arange(13) < mine.sum(), np.arange(13), -1).astype(np.int32)[None]
+        padded = np.zeros_like(tokens)
+        padded[0, :mine.sum()] = tokens[0, mine]
+        want = np.asarray(forward(padded, positions=alone))
+        np.testing.assert_allclose(packed[0, mine], want[0, :mine.sum()], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["local", "alibi", "learned"])
+def test_soft_inputs_equal_looked_up_ones(name):
+    """Soft inputs come scaled, and get positions and norm as tokens do."""
+    cfg = tiny.CAUSAL[name]
+    weights, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(2, 5)
+    soft = weights["decoder"]["embedding"]["tokens"][tokens] * (cfg.embedding.scale or 1.0)
+    want = tiny.jit(lambda t: model.forward(weights, cfg, t).logits)(tokens)
+    got = tiny.jit(lambda x: model.forward(weights, cfg, embeddings=x).logits)(soft)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_hidden_states_are_what_shorter_models_give():
+    cfg = tiny.decoder([tiny.block(), tiny.block(window=2)] * 3, norm=None)
+    weights, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(2, 5)
+
+    def prefix(repeats):
+        shorter = tiny.decoder([tiny.block(), tiny.block(window=2)] * repeats, norm=None)
+        tree = weights["decoder"]
+        blocks = jax.tree.map(lambda leaf: leaf[:repeats], tree["blocks"])
+        return tiny.jit(lambda p, t: model.forward(p, shorter, t).last)({"decoder": tree | {"blocks": blocks}}, tokens)
+
+    for tree in (weights, model.unstack(weights, cfg)):
+        hidden = tiny.jit(lambda p, t: model.forward(p, cfg, t, hidden=(2, 4, 6)).hidden)(tree, tokens)
+        for repeats, state in zip((1, 2, 3), hidden, strict=True):
+            np.testing.assert_allclose(state, prefix(repeats), atol=1e-5)
+
+
+def test_at_chooses_tokens_and_the_head_may_be_left_out():
+    cfg = tiny.LOCAL
+    weights, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(3, 6)
+    at = np.array([[5, 0], [2, 2], [1, 3]])
+    forward = tiny.jit(lambda at, logits: model.forward(weights, cfg, tokens, at=at, logits=logits), static_argnums=1)
+    whole, some, none = forward(None, True), forward(at, True), forward(None, False)
+    np.testing.assert_allclose(some.logits, np.take_along_axis(np.asarray(whole.logits), at[:, :, None], 1), atol=1e-6)
+    assert some.logits.shape == (3, 2, 19) and none.logits is None
+    np.testing.assert_allclose(none.last, whole.last, atol=1e-6)
+    assert some.last.shape == (3, 6, 16)
+
+
+def test_what_stands_at_no_position_does_not_matter():
+    cfg = tiny.LOCAL
+    weights, tokens = tiny.weights(model.spec(cfg)), np.asarray(tiny.tokens(3, 12))
+    forward = tiny.jit(lambda t: model.forward(weights, cfg, t, positions=POSITIONS).logits)
+    other = np.where(POSITIONS < 0, -1, tokens)
+    np.testing.assert_array_equal(np.asarray(forward(tokens))[POSITIONS >= 0],
+                                  np.asarray(forward(other))[POSITIONS >= 0])
+
+
+def test_a_prefix_mask():
+    """The first 3 tokens see each other; equal to the oracle's under the same mask."""
+    cfg = tiny.LOCAL
+    weights, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(2, 6)
+    mask = np.tri(6, dtype=bool) | (np.arange(6) < 3)[None]
+    got = tiny.jit(lambda t: model.forward(weights, cfg, t, mask=mask[None]).logits)(tokens)
+    want, _ = oracle.decoder(weights, cfg, tokens, None, None, np.stack([mask, mask]))
+    np.testing.assert_allclose(got, want, atol=3e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_dtype_of_the_computation(dtype):
+    cfg = tiny.GROUPS
+    weights, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(1, 4)
+    out = tiny.jit(lambda t: model.forward(weights, cfg, t, dtype=dtype, hidden=(0, 3)))(tokens)
+    assert out.logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in (out.last, *out.hidden, *jax.tree.leaves(out.kv))} == {jnp.dtype(dtype or jnp.float32)}
+    exact, _ = oracle.decoder(weights, cfg, tokens)
+    np.testing.assert_allclose(out.logits, exact, atol=3e-5 if dtype is None else 0.15)
+
+
+def test_bfloat16_weights_are_computed_in_bfloat16():
+    cfg = tiny.LOCAL
+    weights = params.abstract(model.spec(cfg), jnp.bfloat16)
+    out = jax.eval_shape(lambda p, t: model.forward(p, cfg, t), weights, tiny.tokens(1, 4))
+    assert out.last.dtype == jnp.bfloat16 and out.logits.dtype == jnp.float32
+
+
+def test_check_tokens():
+    model.check_tokens(jnp.array([[0, 18]]), 19)
+    with pytest.raises(ValueError, match=r"token id 19 at \(1, 0\) is out of range: the vocabulary has 19, ids 0 to 18"):
+        model.check_tokens(jnp.array([[0, 18], [19, -1]]), 19)
+    with pytest.raises(ValueError, match=r"token id -1 at \(1,\)"):
+        model.check_tokens(np.array([3, -1]), 19)
+    jax.jit(lambda t: model.check_tokens(t, 19))(jnp.array([99]))  # unknown until it runs
+
+
+CFG = tiny.decoder([tiny.block()] * 2)
+TOKENS = np.ones((2, 3), np.int32)
+REFUSED = {
+    "forward takes either tokens or embeddings": {},
+    "either tokens or embeddings": {"tokens": TOKENS, "embeddings": np.ones((2, 3, 16))},
+    r"tokens must be \[B, T\] and embeddings \[B, T, 16\], got shape \(2, 3, 1\)": {"tokens": TOKENS[..., None]},
+    r"tokens must be \[B, T\] and embeddings \[B, T, 16\], got shape \(3,\)": {"tokens": TOKENS[0]},
+    r"embeddings \[B, T, 16\], got shape \(2, 16\)": {"embeddings": np.ones((2, 16), np.float32)},
+    r"at least one row and one token, got shape \(2, 0\)": {"tokens": TOKENS[:, :0]},
+    r"at least one row and one token, got shape \(0, 3\)": {"tokens": TOKENS[:0]},
+    r"embeddings must be \[B, T, 16\], got \(2, 3, 8\)": {"embeddings": np.ones((2, 3, 8), np.float32)},
+    "segments are for packed training batches and do not go together with a cache":
+        {"tokens": TOKENS, "segments": TOKENS, "cache": cache.allocate(CFG.stack, 2, 4)},
+    r"positions must be \(2, 3\), got \(3,\)": {"tokens": TOKENS, "positions": TOKENS[0]},
+    r"segments must be \(2, 3\), got \(2, 2\)": {"tokens": TOKENS, "segments": TOKENS[:, :2]},
+    r"mask must be bool \[2 or 1, 3, 3\], got bool \(3, 3\)": {"tokens": TOKENS, "mask": np.ones((3, 3), bool)},
+    r"mask must be bool \[2 or 1, 3, 3\], got int32 \(1, 3, 3\)":
+        {"tokens": TOKENS, "mask": np.ones((1, 3, 3), np.int32)},
+    r"hidden layer 3 does not exist: 0 \(embeddings\) to 2": {"tokens": TOKENS, "hidden": (0, 3)},
+    "hidden layer -1 does not exist": {"tokens": TOKENS, "hidden": (-1,)},
+    r"context must be of rank 1 with 2 rows, got shape \(3,\)": {"tokens": TOKENS, "context": np.ones(3, np.int32)},
+    r"at must be of rank 2 with 2 rows, got shape \(2,\)": {"tokens": TOKENS, "at": np.ones(2, np.int32)},
+    "the cache holds 3 rows, the input 2": {"tokens": TOKENS, "cache": cache.allocate(CFG.stack, 3, 4)},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refuses(message):
+    with pytest.raises(ValueError, match=message):
+        model.forward(params.abstract(model.spec(CFG)), CFG, **REFUSED[message])

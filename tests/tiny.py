@@ -1,0 +1,131 @@
+"""Tiny models that between them switch on everything a config has, and weights for any spec without a compilation."""
+
+import functools
+import math
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import weight
+from jaxlm.config import (
+    Activation,
+    Alibi,
+    Attention,
+    Block,
+    Decoder,
+    Dense,
+    DynamicNtkScaling,
+    Embedding,
+    Group,
+    Head,
+    LayerNorm,
+    Learned,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    OutputNorm,
+    ParallelNorm,
+    PostNorm,
+    PreNorm,
+    QkNorm,
+    RmsNorm,
+    Rope,
+    SandwichNorm,
+    Stack,
+    YarnScaling,
+    stack_of,
+)
+
+WIDTH, VOCABULARY = 16, 19
+
+NORM, HEAD, EMBEDDING = RmsNorm(), Head(tied=True), Embedding(VOCABULARY)
+
+
+# What runs once is compiled without optimisation, in half the time.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def attention(heads=4, kv_heads=2, head_width=8, **fields):
+    return Attention(heads, kv_heads, head_width, **fields)
+
+
+def block(residual=None, feedforward=None, multiplier=1.0, **fields):
+    """A block with `fields` of its attention."""
+    return Block(attention(**fields), feedforward or Dense(24), residual or PreNorm(RmsNorm()), multiplier)
+
+
+def decoder(blocks, norm=NORM, head=HEAD, embedding=EMBEDDING, length=64):
+    stack = blocks if isinstance(blocks, Stack) else stack_of(blocks)
+    return Decoder(WIDTH, embedding, stack, norm, head, length)
+
+
+def weights(spec, seed=0):
+    """Float32 weights by path: no norm's scale is one and no bias zero."""
+    def make(path, param):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        values = np.random.default_rng([seed, zlib.crc32(name.encode())]).normal(size=param.shape)
+        if param.inputs:
+            values *= math.prod(param.shape[axis] for axis in param.inputs) ** -0.5
+        elif name.endswith("scale"):
+            values = 1 + 0.2 * values
+        return jnp.asarray(values, jnp.float32)
+    return jax.tree_util.tree_map_with_path(make, spec)
+
+
+def quantised(spec, tree):
+    return jit(lambda tree: jax.tree.map(
+        lambda param, leaf: weight.quantize(leaf, param.inputs) if param.inputs else leaf, spec, tree))(tree)
+
+
+def tokens(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCABULARY, shape), jnp.int32)
+
+
+# Local and global layers with a rotation each, sandwich norms that store scale - 1, caps, a scaled embedding.
+LOCAL = decoder(
+    [block(SandwichNorm(RmsNorm(offset=1.0)), Dense(24, Activation.GELU_TANH), position=Rope(base), window=window,
+           softcap=5.0, scale=0.3) for base, window in ((100.0, 3), (10000.0, None))] * 2,
+    RmsNorm(offset=1.0), Head(tied=True, softcap=3.0), Embedding(VOCABULARY, scale=4.0))
+
+# ALiBi, biases everywhere, one key-value head for all, a norm on the embedding, an untied head with a bias.
+ALIBI = decoder(
+    [block(PreNorm(LayerNorm()), Dense(24, Activation.GELU, gated=False, bias=True), kv_heads=1,
+           position=Alibi((0.5, 0.25, 0.125, 0.0625)), bias=True, out_bias=True)] * 2,
+    LayerNorm(bias=False), Head(tied=False, bias=True), Embedding(VOCABULARY, norm=LayerNorm()))
+
+# Learned positions, norms after the sums and none at the end, one layer.
+LEARNED = decoder(
+    [block(PostNorm(LayerNorm()), Dense(24, Activation.RELU, gated=False), kv_heads=4, position=None)],
+    None, Head(tied=False), Embedding(VOCABULARY, position=Learned(66, offset=2)))
+
+# Every rotary scaling, one layer each; turned in part, and neighbours paired.
+SCALINGS = decoder([block(position=position) for position in (
+    Rope(100.0, width=6, scaling=LinearScaling(3.0)),
+    Rope(100.0, scaling=DynamicNtkScaling(2.0, 4)),
+    Rope(100.0, interleaved=True, scaling=YarnScaling(4.0, 64, 1.1, beta_fast=4.0)),
+    Rope(100.0, scaling=Llama3Scaling(8.0, 1.0, 4.0, 64)),
+    Rope(100.0, scaling=LongRopeScaling((1.0, 1.5, 2.0, 2.5), (1.0, 3.0, 5.0, 9.0), 8, 1.2)))])
+
+# Sinks in windowed layers, layers without positions, clipped projections.
+SINKS = decoder([block(position=position, window=window, sinks=window is not None, clip=1.0, out_bias=True)
+                 for position, window in ((Rope(), 4), (None, None))] * 2)
+
+# Groups of different shapes, the norms of other families, multipliers.
+GROUPS = decoder(
+    Stack((
+        Group((block(OutputNorm(RmsNorm()), qk_norm=QkNorm(RmsNorm(), per_head=False)),), 2),
+        Group((block(ParallelNorm(LayerNorm(), shared=True), multiplier=0.5, heads=2, kv_heads=1, head_width=4),
+               block(ParallelNorm(RmsNorm(), shared=False), Dense(8, Activation.SQUARED_RELU, gated=False),
+                     qk_norm=QkNorm(LayerNorm()))), 1),
+        Group((block(PreNorm(RmsNorm()), multiplier=0.7, window=5),
+               block(PreNorm(LayerNorm(bias=False)), bias=True)), 2))),
+    head=Head(tied=True, scale=0.6))
+
+CAUSAL = {"local": LOCAL, "alibi": ALIBI, "learned": LEARNED, "scalings": SCALINGS, "sinks": SINKS,
+          "groups": GROUPS}
+
+# Encoders have no cache.
+BIDIRECTIONAL = decoder([block(causal=False, window=window, position=position)
+                         for window, position in ((None, Rope()), (3, Alibi((0.5, 0.25, 0.125, 0.0625))))])
