@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/equality.py --prompts prompts.jsonl --text text.txt
 
-Both compute in float32 with the same weights (jaxlm saves what it loaded, transformers reads that). A difference is excused only
-where the two likeliest tokens' logits are within 1e-4 of each other in transformers, and is listed. Needs the extra `parity`.
+Both compute in float32 with the same weights (jaxlm saves what it loaded, transformers reads that). A difference is
+excused only where the two likeliest tokens' logits are within 1e-4 of each other in transformers, and is listed. Needs the
+extra `parity`.
 """
 
 import dataclasses
@@ -95,7 +96,8 @@ def compare_perplexity(model: jaxlm.Model, reference: Any, arguments: Arguments,
         theirs -= float(logp.gather(1, torch.tensor(some[1:])[:, None]).double().sum())
         scored += len(some) - 1
     mine, other = np.exp(ours / scored), np.exp(theirs / scored)
-    console.print(f"perplexity over {scored} tokens: jaxlm {mine:.6f}, transformers {other:.6f}, apart by {abs(mine - other):.1e}")
+    console.print(f"perplexity over {scored} tokens: jaxlm {mine:.6f}, transformers {other:.6f}, "
+                  f"apart by {abs(mine - other):.1e}")
     return bool(abs(mine - other) < 1e-3)
 
 

@@ -1,26 +1,26 @@
 """Facts out of the HLO text that a compiler gives back: what runs in a loop, how often, and how many bytes it moves.
 
-`Module(text)` parses the text of a compiled, scheduled module (`jax.stages.Compiled.as_text()`). Only what the facts need is
-kept of it: instructions with their shapes, operands and the computations that they call.
+`Module(text)` parses a compiled and scheduled module, `jax.stages.Compiled.as_text()`. Only what the facts need is kept
+of it: instructions with their shapes, operands and the computations that they call.
 """
 
 import dataclasses
 import functools
-import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-HBM = 0  # the memory space that a shape without a mark lies in; TPUs' others are on the chip
+HBM = 0  # the memory space of a shape without a mark; a TPU's others are on the chip
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
-# Opcodes that only name or group buffers that others wrote.
-NAMES = ("after-all", "bitcast", "constant", "get-tuple-element", "parameter", "tuple")
+# These only name or group buffers, or hold other instructions: no bytes move.
+_IDLE = ("after-all", "bitcast", "call", "conditional", "constant", "get-tuple-element", "parameter", "tuple", "while")
+_SLICES = ("dynamic-slice", "gather", "slice", "slice-start")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array: `space` is the memory that it lies in, 0 for HBM."""
+    """An array: `space` is the memory that it lies in."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -33,31 +33,30 @@ class Shape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes without the layout's padding; 0 for tokens and the like."""
+        """Its bytes without the layout's padding; 0 for tokens and the like."""
         bits = re.search(r"\d+", self.dtype)
-        width = 8 if self.dtype == "pred" else int(bits[0]) if bits else 0
-        return -(-self.size * width // 8)
+        return self.size if self.dtype == "pred" else -(-self.size * int(bits[0] if bits else 0) // 8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. `shapes` has an entry per array of a tuple, nested ones in order."""
+    """One line of a computation. Of a tuple, `shapes` has an entry per array, nested ones in order."""
 
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
     operands: tuple[str, ...]
-    rest: str  # what stands between the parentheses and after: literals, attributes
+    rest: str  # attributes; for constants and parameters, first what stands in parentheses
 
     def attribute(self, name: str) -> str | None:
-        """The value of `name=value` up to the next comma or space, without the % of a reference."""
+        """The value of `name=value` up to a comma, space or bracket, without the % of a reference."""
         found = re.search(rf"\b{name}=%?([^\s,{{}}]+)", self.rest)
         return found[1] if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in the order in which they run; `root` is the one whose value is the result."""
+    """Instructions by name, in the order in which they run; `root` names the one whose value is the result."""
 
     name: str
     instructions: Mapping[str, Instruction]
@@ -65,17 +64,23 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> dict[int, str]:
-        """Parameter number -> instruction name."""
-        return {int(re.match(r"\d+", i.rest)[0]): i.name for i in self.instructions.values() if i.opcode == "parameter"}
+        """Number of a parameter -> its name."""
+        return {int(re.match(r"\d+", one.rest)[0]): one.name for one in self.instructions.values()
+                if one.opcode == "parameter"}
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Instruction name -> those that read it."""
+        """Name -> the instructions that read its value."""
         table: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
-        for instruction in self.instructions.values():
-            for operand in dict.fromkeys(instruction.operands):
-                table[operand].append(instruction)
+        for one in self.instructions.values():
+            for operand in dict.fromkeys(one.operands):
+                table[operand].append(one)
         return table
+
+    def source(self, name: str) -> Instruction:
+        """The instruction behind bitcasts."""
+        one = self.instructions[name]
+        return self.source(one.operands[0]) if one.opcode == "bitcast" else one
 
 
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -91,44 +96,41 @@ def _shapes(text: str) -> tuple[Shape, ...]:
     return tuple(out)
 
 
-def _balanced(text: str, start: int) -> int:
-    """The place after the bracket that closes the one at `start`."""
+def _closing(text: str, start: int) -> int:
+    """The place after the parenthesis that closes the one at `start`."""
     depth = 0
     for place in range(start, len(text)):
-        depth += (text[place] in "({") - (text[place] in ")}")
+        depth += (text[place] == "(") - (text[place] == ")")
         if depth == 0:
             return place + 1
-    raise ValueError(f"unbalanced brackets in HLO: {text[:200]}")
+    raise ValueError(f"a parenthesis is not closed in the HLO line {text[:200]!r}")
 
 
 def _instruction(name: str, text: str) -> Instruction:
     """From what stands after "name = "."""
-    if text.startswith("("):
-        end = _balanced(text, 0)
-    else:
-        end = _SHAPE.match(text).end()
+    end = _closing(text, 0) if text.startswith("(") else _SHAPE.match(text).end()
     shapes, text = _shapes(text[:end]), text[end:].lstrip()
-    opcode, start = text[:text.index("(")], text.index("(")
-    end = _balanced(text, start)
-    inside = text[start + 1:end - 1]
-    if opcode in ("constant", "parameter"):  # a literal or a number, no operands
-        return Instruction(name, opcode, shapes, (), inside + text[end:])
-    return Instruction(name, opcode, shapes, tuple(re.findall(r"%([\w.\-]+)", inside)), text[end:])
+    start = text.index("(")
+    opcode, end = text[:start], _closing(text, start)
+    inside, rest = text[start + 1:end - 1], text[end:]
+    if opcode in ("constant", "parameter"):
+        return Instruction(name, opcode, shapes, (), inside + rest)
+    return Instruction(name, opcode, shapes, tuple(re.findall(r"%([\w.\-]+)", inside)), rest)
 
 
 class Module:
-    """A compiled module: `computations` by name, and the `entry` among them."""
+    """A compiled module: `computations` by name, and the `entry` among them.
+
+    Raises:
+      ValueError: for text without an entry computation.
+    """
 
     def __init__(self, text: str):
-        """Raises:
-          ValueError: when the text has no entry computation.
-        """
         self.computations: dict[str, Computation] = {}
-        entry, name, lines, root = None, None, {}, ""
+        name, lines, root, entry = None, {}, "", None
         for line in text.splitlines():
             if name is None:
-                head = _HEAD.match(line)
-                if head:
+                if head := _HEAD.match(line):
                     name, lines, root = head[2], {}, ""
                     entry = name if head[1] else entry
             elif line.startswith("}"):
@@ -138,197 +140,183 @@ class Module:
                 lines[found[2]] = _instruction(found[2], found[3])
                 root = found[2] if found[1] else root
         if entry is None:
-            raise ValueError("the text holds no ENTRY computation: it is not the HLO of a compiled module")
+            raise ValueError("the text has no ENTRY computation: it is not the HLO of a compiled module")
         self.entry = self.computations[entry]
+        self._loops = {one.attribute(part): (computation, one) for computation in self.computations.values()
+                       for one in computation.instructions.values() if one.opcode == "while" for part in ("condition", "body")}
 
-    def shapes(self, computation: Computation, name: str) -> tuple[Shape, ...]:
-        """What an instruction gives."""
-        return computation.instructions[name].shapes
+    def _literal(self, computation: Computation, name: str) -> int | None:
+        """The integer that a value always is, where that can be seen: through copies, and what loops hand on unchanged."""
+        one = computation.instructions[name]
+        if one.opcode == "constant":
+            found = re.match(r"-?\d+", one.rest)
+            return int(found[0]) if found else None
+        if one.opcode in ("bitcast", "copy"):
+            return self._literal(computation, one.operands[0])
+        if one.opcode != "get-tuple-element" or computation.name not in self._loops:
+            return None
+        if computation.instructions[one.operands[0]].opcode != "parameter":
+            return None
+        outside, loop = self._loops[computation.name]
+        index, body = int(one.attribute("index")), self.computations[loop.attribute("body")]
+        before, after = outside.instructions[loop.operands[0]], body.instructions[body.root]
+        if before.opcode != "tuple" or after.opcode != "tuple":
+            return None
+        kept = body.instructions[after.operands[index]]
+        unchanged = kept.opcode == "get-tuple-element" and int(kept.attribute("index")) == index
+        return self._literal(outside, before.operands[index]) if unchanged else None
 
     def trips(self, computation: Computation, loop: Instruction) -> int | None:
-        """How often a counted `while` runs: from a constant to a constant by ones. None where that is not how it ends."""
-        condition = self.computations[loop.attribute("condition")]
-        body = self.computations[loop.attribute("body")]
+        """How often a `while` runs that counts by ones from one constant to another; None for any other."""
+        condition, body = self.computations[loop.attribute("condition")], self.computations[loop.attribute("body")]
+        before, after = computation.instructions[loop.operands[0]], body.instructions[body.root]
         test = condition.instructions[condition.root]
-        if test.opcode != "compare" or test.attribute("direction") != "LT":
+        if test.opcode != "compare" or test.attribute("direction") != "LT" or {before.opcode, after.opcode} != {"tuple"}:
             return None
-        counter, bound = (condition.instructions[name] for name in test.operands)
+        counter = condition.instructions[test.operands[0]]
         if counter.opcode != "get-tuple-element":
             return None
         index = int(counter.attribute("index"))
-        entered = computation.instructions[loop.operands[0]]
-        left = body.instructions[body.root]
-        if entered.opcode != "tuple" or left.opcode != "tuple":
+        step = body.instructions[after.operands[index]]
+        if step.opcode != "add" or 1 not in (self._literal(body, name) for name in step.operands):
             return None
-        step = body.instructions[left.operands[index]]
-        if step.opcode != "add" or 1 not in (_literal(body, name) for name in step.operands):
-            return None
-        start = _literal(computation, entered.operands[index])
-        if bound.opcode == "get-tuple-element":
-            stop = _literal(computation, entered.operands[int(bound.attribute("index"))])
-        else:
-            stop = _literal(condition, bound.name)
+        start, stop = self._literal(computation, before.operands[index]), self._literal(condition, test.operands[1])
         return None if start is None or stop is None else max(stop - start, 0)
 
     def loop(self) -> Computation:
-        """The body of the one loop whose end is not known beforehand: that over generated tokens.
+        """The body of the one loop in the entry whose length is not known beforehand: that over generated tokens.
 
         Raises:
-          ValueError: when the entry holds no such loop, or several.
+          ValueError: when there is none, or several.
         """
-        found = [i for i in self.entry.instructions.values() if i.opcode == "while" and self.trips(self.entry, i) is None]
+        loops = [one for one in self.entry.instructions.values() if one.opcode == "while"]
+        found = [one for one in loops if self.trips(self.entry, one) is None]
         if len(found) != 1:
-            raise ValueError(f"expected one loop of unknown length in the entry computation, found {len(found)}")
+            raise ValueError(f"there should be one loop of unknown length in the entry computation, there are {len(found)}")
         return self.computations[found[0].attribute("body")]
 
     def run(self, computation: Computation, times: int = 1) -> Iterator[tuple[Computation, Instruction, int]]:
-        """Every instruction that runs as one, what loops and branches hold included, and how often it does.
+        """Every instruction that runs as one, those in loops and branches within too, and how often. All branches count.
 
-        A loop within whose length is not known counts once, and of branches all count.
+        Raises:
+          ValueError: for a loop within whose length cannot be seen; names it.
         """
-        for instruction in computation.instructions.values():
-            yield computation, instruction, times
-            if instruction.opcode == "while":
-                inner = times * (self.trips(computation, instruction) or 1)
+        for one in computation.instructions.values():
+            yield computation, one, times
+            if one.opcode == "while":
+                trips = self.trips(computation, one)
+                if trips is None:
+                    raise ValueError(f"how often the loop {one.name} in {computation.name} runs cannot be seen")
                 for part in ("condition", "body"):
-                    yield from self.run(self.computations[instruction.attribute(part)], inner)
-            elif instruction.opcode in ("conditional", "call"):
-                for name in re.findall(r"(?:to_apply|\w+_computations?)=\{?([^}\s]+)", instruction.rest):
-                    for branch in re.findall(r"[^%,]+", name):
-                        yield from self.run(self.computations[branch], times)
+                    yield from self.run(self.computations[one.attribute(part)], times * trips)
+            elif one.opcode in ("call", "conditional"):
+                for names in re.findall(r"(?:to_apply|\w+_computations?)=(\{[^}]*\}|\S+)", one.rest):
+                    for name in re.findall(r"%([\w.\-]+)", names):
+                        yield from self.run(self.computations[name], times)
 
-    def fused(self, instruction: Instruction) -> Computation | None:
-        """What a fusion computes."""
-        return self.computations[instruction.attribute("calls")] if instruction.opcode == "fusion" else None
+    def fused(self, one: Instruction) -> Computation | None:
+        """What a fusion computes; None for other instructions."""
+        return self.computations[one.attribute("calls")] if one.opcode == "fusion" else None
 
-    def _source(self, computation: Computation, name: str) -> Instruction:
-        """The instruction behind bitcasts."""
-        instruction = computation.instructions[name]
-        return self._source(computation, instruction.operands[0]) if instruction.opcode == "bitcast" else instruction
-
-    def _written(self, computation: Computation, name: str, inside: bool) -> list[tuple[Shape, int]]:
-        """(shape, bytes written) of each array that an instruction gives: only the update of one updated in place."""
-        instruction = self._source(computation, name) if inside else computation.instructions[name]
-        inner = self.fused(instruction)
-        if inner is not None:
-            root = inner.instructions[inner.root]
-            parts = root.operands if root.opcode == "tuple" else (root.name,)
-            sizes = [size for part in parts for _, size in self._written(inner, part, True)]
-            return [(shape, size) for shape, size in zip(instruction.shapes, sizes, strict=True)]
-        if instruction.opcode == "dynamic-update-slice":
-            old = self._source(computation, instruction.operands[0])
-            if not inside or old.opcode == "parameter":
-                return [(instruction.shapes[0], computation.instructions[instruction.operands[1]].shapes[0].nbytes)]
-        if instruction.opcode == "copy-start":
-            return [(instruction.shapes[0], instruction.shapes[0].nbytes)]
-        if instruction.opcode.endswith("-start"):
-            shape = instruction.shapes[min(len(instruction.operands), len(instruction.shapes) - 1)]
+    def writes(self, computation: Computation, one: Instruction) -> list[tuple[Shape, int]]:
+        """Each array that an instruction gives and the bytes written for it: of one updated in place, only the update's."""
+        if one.opcode in _IDLE or one.opcode.endswith("-done") or "AllocateBuffer" in one.rest or "ConcatBitcast" in one.rest:
+            return []
+        if one.opcode == "dynamic-update-slice":
+            return [(one.shapes[0], computation.instructions[one.operands[1]].shapes[0].nbytes)]
+        if one.opcode.endswith("-start"):  # (result, argument, ...) of a copy, ((arguments), result, ...) of others
+            shape = one.shapes[0 if one.opcode == "copy-start" else min(len(one.operands), len(one.shapes) - 1)]
             return [(shape, shape.nbytes)]
-        return [(shape, shape.nbytes) for shape in instruction.shapes]
+        inner = self.fused(one)
+        if inner is None:
+            return [(shape, shape.nbytes) for shape in one.shapes]
+        root = inner.instructions[inner.root]
+        parts = root.operands if root.opcode == "tuple" else (root.name,)
+        return [pair for part in parts for pair in self._given(inner, part)]
 
-    def writes(self, computation: Computation, instruction: Instruction) -> list[tuple[Shape, int]]:
-        """(shape, bytes written) of each array that an instruction which runs as one writes anew or updates in place."""
-        if instruction.opcode in (*NAMES, "while", "conditional", "call") or instruction.opcode.endswith("-done"):
-            return []
-        if instruction.opcode == "custom-call" and _target(instruction) in ("AllocateBuffer", "ConcatBitcast"):
-            return []
-        return self._written(computation, instruction.name, False)
+    def _given(self, inner: Computation, name: str) -> list[tuple[Shape, int]]:
+        """`writes` of a value that a fused computation gives."""
+        one = inner.source(name)
+        deeper = self.fused(one)
+        shape = inner.instructions[name].shapes[0]
+        if deeper is not None and len(one.shapes) == 1:
+            return [(shape, self._given(deeper, deeper.root)[0][1])]
+        if one.opcode == "dynamic-update-slice" and inner.source(one.operands[0]).opcode == "parameter":
+            return [(shape, inner.instructions[one.operands[1]].shapes[0].nbytes)]
+        return [(shape, shape.nbytes)]
 
-    def _needed(self, computation: Computation, name: str, at_root: int) -> int:
-        """How many numbers of a value a fused computation reads when `at_root` of its result are wanted."""
-        size = computation.instructions[name].shapes[0].size
-        total = at_root if name == computation.root else 0
-        for user in computation.users[name]:
-            if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+    def reads(self, computation: Computation, one: Instruction) -> list[tuple[Shape, int]]:
+        """Each array that an instruction reads, and the bytes that it reads of it."""
+        if one.opcode in _IDLE or one.opcode.endswith("-done"):
+            return []
+        inner, out = self.fused(one), []
+        for place, operand in enumerate(one.operands):
+            shapes = computation.instructions[operand].shapes
+            if len(shapes) != 1:  # a tuple of buffers, for what stands behind it
+                continue
+            size = shapes[0].size
+            if inner is not None:
+                root = inner.instructions[inner.root]
+                size = self._needed(inner, inner.parameters[place], root.shapes[0].size)
+            elif place == 0 and one.opcode in _SLICES:
+                size = min(shape.size for shape in one.shapes if shape.dtype == shapes[0].dtype)
+            elif place == 0 and one.opcode == "dynamic-update-slice":
+                size = 0
+            out.append((shapes[0], size * shapes[0].nbytes // max(shapes[0].size, 1)))
+        return out
+
+    def _needed(self, inner: Computation, name: str, wanted: int) -> int:
+        """How many numbers of a value a fused computation reads to give `wanted` of its result."""
+        size = inner.instructions[name].shapes[0].size
+        total = wanted if name == inner.root else 0
+        for user in inner.users[name]:
+            first = user.operands[0] == name
+            if user.opcode in _SLICES and first:
                 total += user.shapes[0].size
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-                pass
-            elif user.opcode in ("bitcast", "copy", "convert", "reshape", "transpose"):
-                total += self._needed(computation, user.name, at_root)
+            elif user.opcode in ("bitcast", "convert", "copy", "reshape", "transpose"):
+                total += self._needed(inner, user.name, wanted)
             elif user.opcode == "fusion":
-                inner = self.fused(user)
-                wanted = self._needed(computation, user.name, at_root)
-                total += sum(self._needed(inner, inner.parameters[place], wanted)
+                deeper, through = self.fused(user), self._needed(inner, user.name, wanted)
+                total += sum(self._needed(deeper, deeper.parameters[place], through)
                              for place, operand in enumerate(user.operands) if operand == name)
-            else:
+            elif user.opcode != "dynamic-update-slice" or not first:
                 total += size
         return min(total, size)
 
-    def reads(self, computation: Computation, instruction: Instruction) -> list[tuple[Shape, int]]:
-        """(shape, bytes read) of each array that an instruction which runs as one reads."""
-        if instruction.opcode in (*NAMES, "while", "conditional", "call") or instruction.opcode.endswith("-done"):
-            return []
-        inner, out = self.fused(instruction), []
-        for place, operand in enumerate(instruction.operands):
-            shapes = computation.instructions[operand].shapes
-            if len(shapes) != 1:
-                continue
-            whole = shapes[0].size
-            if inner is not None:
-                root = inner.instructions[inner.root].shapes[0].size
-                whole = self._needed(inner, inner.parameters[place], root)
-            elif place == 0 and instruction.opcode in ("dynamic-slice", "slice", "gather", "slice-start"):
-                whole = min(whole, min(shape.size for shape in instruction.shapes if shape.dtype == shapes[0].dtype))
-            elif place == 0 and instruction.opcode == "dynamic-update-slice":
-                whole = 0
-            out.append((shapes[0], whole * shapes[0].nbytes // max(shapes[0].size, 1)))
-        return out
-
-
-def _literal(computation: Computation, name: str) -> int | None:
-    """An integer constant, behind copies and bitcasts too."""
-    instruction = computation.instructions[name]
-    if instruction.opcode in ("copy", "bitcast"):
-        return _literal(computation, instruction.operands[0])
-    found = re.match(r"-?\d+(?=\))|-?\d+$", instruction.rest) if instruction.opcode == "constant" else None
-    return int(found[0]) if found else None
-
-
-def _target(instruction: Instruction) -> str:
-    found = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
-    return found[1] if found else ""
-
 
 def traffic(module: Module, computation: Computation) -> int:
-    """Bytes to and from HBM in one run of a computation: what each instruction reads and writes of arrays that lie there."""
-    return sum(times * sum(size for shape, size in [*module.reads(where, i), *module.writes(where, i)] if shape.space == HBM)
-               for where, i, times in module.run(computation))
+    """Bytes to and from HBM in one run of a computation: what its instructions read and write of the arrays that lie there."""
+    return sum(times * size for where, one, times in module.run(computation)
+               for shape, size in (*module.reads(where, one), *module.writes(where, one)) if shape.space == HBM)
 
 
-def copies(module: Module, computation: Computation, sizes: set[int], space: int | None = HBM) -> list[Instruction]:
-    """Instructions that write anew an array of as many numbers as one of `sizes`, once for each time they run.
+def copies(module: Module, computation: Computation, sizes: set[int]) -> Counter[int]:
+    """How often arrays of as many numbers as one of `sizes` are written anew in one run, by the memory that they lie in.
 
-    Arrays updated in place do not count, whatever their size.
-
-    Args:
-      space: only arrays that lie in this memory; None: in any.
+    What is updated in place does not count. Copies in another type or order do: only the size is compared.
     """
-    found = []
-    for where, instruction, times in module.run(computation):
-        hits = sum(shape.size in sizes and written == shape.nbytes and space in (None, shape.space)
-                   for shape, written in module.writes(where, instruction))
-        found += [instruction] * (times * hits)
+    found: Counter[int] = Counter()
+    for where, one, times in module.run(computation):
+        for shape, written in module.writes(where, one):
+            if shape.size in sizes and written == shape.nbytes:
+                found[shape.space] += times
     return found
 
 
 def collectives(module: Module, computation: Computation) -> dict[str, dict[str, int]]:
     """{kind: {"count", "bytes"}} in one run of a computation; bytes are those of the results on one chip."""
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    found: dict[str, Counter[str]] = {kind: Counter() for kind in COLLECTIVES}
     for _, instruction, times in module.run(computation):
         inner = module.fused(instruction)
-        for one in [instruction] if inner is None else inner.instructions.values():
+        for one in (instruction,) if inner is None else inner.instructions.values():
             kind = one.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                counts[kind] += times
-                every = [shape.nbytes for shape in one.shapes]
-                sizes[kind] += times * (max(every) if one.opcode.endswith("-start") else sum(every))
-    return {kind: {"count": counts[kind], "bytes": sizes[kind]} for kind in sorted(counts)}
+            if kind in found:
+                sizes = [shape.nbytes for shape in one.shapes]
+                found[kind].update(count=times, bytes=times * (max(sizes) if one.opcode.endswith("-start") else sum(sizes)))
+    return {kind: dict(counts) for kind, counts in found.items() if counts}
 
 
-def host_transfers(module: Module) -> int:
-    """How many instructions anywhere in a module talk to the host: callbacks, infeeds and outfeeds."""
-    every = itertools.chain.from_iterable(c.instructions.values() for c in module.computations.values())
-    return sum(i.opcode in ("infeed", "outfeed")
-               or (i.opcode in ("send", "recv") and "is_host_transfer=true" in i.rest)
-               or (i.opcode == "custom-call" and "callback" in _target(i).lower()) for i in every)
+def host_transfers(text: str) -> int:
+    """How many operations of a program talk to the host: callbacks, infeeds, outfeeds. Takes StableHLO or HLO text."""
+    return sum(bool(re.search(r"is_host_transfer ?= ?true|\b(?:stablehlo\.)?(?:in|out)feed\b|custom[-_]call.*callback", line))
+               for line in text.splitlines() if "send-done" not in line and "recv-done" not in line)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxlm import config
 
@@ -46,11 +46,6 @@ class Cache:
     def slots(self) -> int:
         """S, how many slots a row has."""
         return jax.tree.leaves(self.layers)[0].shape[-2]
-
-
-def is_key_value(node: Any) -> bool:
-    """For `jax.tree.map(..., is_leaf=is_key_value)`."""
-    return isinstance(node, KeyValue)
 
 
 def spec(cfg: config.Stack, batch: int, slots: int, dtype: Any) -> Cache:
@@ -169,8 +164,3 @@ def filled(new: Any, slots: int, count: Int[Array, "B"]) -> Cache:
         widths[-2] = (0, slots - rows.shape[-2])
         return jnp.pad(rows, widths)
     return Cache(jax.tree.map(pad, new), count)
-
-
-def visible(slots: int, length: Int[Array, "B"]) -> Bool[Array, "B S"]:
-    """Which slots hold committed tokens."""
-    return jnp.arange(slots, dtype=length.dtype)[None, :] < length[:, None]

@@ -4,7 +4,6 @@ A weight is a leaf: a plain array or `Int8`. Layers never ask which. Turning one
 tree to tree, and new kinds are added here alone.
 """
 
-import math
 from typing import Any
 
 import flax.struct
@@ -109,8 +108,3 @@ def take(w: Weight, ids: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]
         scale = w.scale.reshape((1,) * ids.ndim + w.scale.shape[1:]) if shared else jnp.take(w.scale, ids, axis=0, mode="clip")
         return rows * scale.astype(dtype)
     return jnp.take(w, ids, axis=0, mode="clip").astype(dtype)
-
-
-def nbytes(w: Weight) -> int:
-    """Bytes the weight takes, scales included."""
-    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(w))

@@ -24,8 +24,7 @@ from jaxlm.decoding import loop, stop
 from jaxlm.decoding.logits import Settings
 from jaxlm.model import Model
 
-
-_LARGEST = 1e30  # of temperatures, penalties and biases: with larger ones, float32 arithmetic on logits may overflow
+_LARGEST = 1e30  # of temperatures, penalties and biases: larger ones may overflow in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,7 @@ def _run(step: Forward, params: PyTree, state: loop.State, request: loop.Request
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-    """Wall-clock seconds: `compile` both programs (0 when known), `prefill` up to every row's first token, `decode` the rest."""
+    """Wall-clock seconds: `compile` both programs (0 when known), `prefill` to every row's first token, `decode` the rest."""
 
     compile: float = 0.0
     prefill: float = 0.0
@@ -124,7 +123,8 @@ def _rows(name: str, value: Any, batch: int, low: float, high: float, off: float
     good = (values > low if open_low else values >= low) & (values <= high)
     if not np.all(good):
         bracket = "(" if open_low else "["
-        raise ValueError(f"{name} must be in {bracket}{low:g}, {high:g}], got {values[~good].flat[0] if values.ndim else value}")
+        wrong = values[~good].flat[0] if values.ndim else value
+        raise ValueError(f"{name} must be in {bracket}{low:g}, {high:g}], got {wrong}")
     if np.all(values == off):
         return None
     return jnp.asarray(np.broadcast_to(values, batch), kind)
@@ -420,7 +420,7 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
                frequency_penalty=frequency_penalty, logit_bias=logit_bias, banned_tokens=banned_tokens,
                stop_strings=stop_strings, eos=eos, key=key, logprobs=logprobs, dtype=dtype)
     pieces = None if on_text is None else _Pieces(model.tokenizer, job.stops)
-    for state, spent in job.run(None if on_text is None else segment):
+    for state, spent in job.run(None if on_text is None else segment):  # noqa: B007 (the last is the result's)
         job.check(state)
         if pieces is not None:
             on_text(pieces.push(np.asarray(state.tokens), np.asarray(state.count)))

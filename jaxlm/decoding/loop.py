@@ -1,6 +1,6 @@
 """The compiled loop: one `lax.while_loop` that extends every row until it ends.
 
-The loop knows a model only as a step function (tokens, positions, mask, cache) -> (logits, new keys and values), so it is tested
+The loop knows a model only as a step function (weights, tokens, cache) -> (logits, new keys and values), so it is tested
 with a stub. Its state is one pytree; running it for a number of steps and again gives the same text as running it once,
 because a row's noise is keyed by its own key and the absolute position of the token, and by nothing else.
 """

@@ -53,7 +53,8 @@ def load(path: str | os.PathLike[str], dtype: Any = None, mesh: Mesh | None = No
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     params = assemble.assemble(cfg, families.find(source.config), source, dtype, mesh)
     if isinstance(source, GgufSource):
-        tokenizer = Tokenizer.from_gguf(source.tokenizer_fields)
+        there = "tokenizer.ggml.model" in source.tokenizer_fields
+        tokenizer = Tokenizer.from_gguf(source.tokenizer_fields) if there else None
     else:
         there = any((found / file).is_file() for file in TOKENIZER_FILES)
         tokenizer = Tokenizer.from_directory(found) if there else None

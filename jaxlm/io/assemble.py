@@ -146,7 +146,8 @@ def _fill(source: Source, place: Place, name: str, repeat: int, buffers: list[di
                 if not start <= repeat < stop:
                     continue
                 target = buffer[repeat - start]
-            _copy(target, weight[tuple(slice(a, b) for a, b in inner)])
+            with np.errstate(over="ignore"):  # found next
+                _copy(target, weight[tuple(slice(a, b) for a, b in inner)])
             if not np.isfinite(target).all():
                 raise ValueError(f"tensor {name} holds NaN or infinity (as {target.dtype})")
 

@@ -576,7 +576,7 @@ class GgufSource:
 
     Attributes:
       config: what the checkpoint's config.json said, as far as the file records it.
-      tokenizer_fields: the metadata under "tokenizer.", for `jaxlm.data.tokenizer.Tokenizer.from_gguf`.
+      tokenizer_fields: what `jaxlm.data.tokenizer.Tokenizer.from_gguf` reads.
 
     Raises:
       ImportError: without the gguf package.
@@ -609,7 +609,9 @@ class GgufSource:
                 raise m.unsupported(f"{name}.{key} is {value}")
         for key in ("bos_token_id", "eos_token_id", "padding_token_id"):
             self.config[key.replace("padding", "pad")] = fields.get(f"tokenizer.ggml.{key}")
-        self.tokenizer_fields = {key: value for key, value in fields.items() if key.startswith("tokenizer.")}
+        # With the architecture: Phi-3's tokenizer differs in what only its name says.
+        self.tokenizer_fields = {key: value for key, value in fields.items()
+                                 if key.startswith("tokenizer.") or key == "general.architecture"}
         self._tensors, self._undo = self._rename(m, architecture)
 
     def _place(self, infos: list[tuple], start: int) -> dict[str, Tensor]:

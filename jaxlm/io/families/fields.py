@@ -164,12 +164,13 @@ class Family:
     leftover: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
 
 
-def rope(fields: Fields, width: int, *, base: float = 10000.0, partial: float = 1.0, theta: str = "rope_theta",
+def rope(fields: Fields, width: int, *, base: float = 10000.0, partial: float | None = None, theta: str = "rope_theta",
          kind: str | None = None) -> tuple[config.Rope, int]:
     """The rotary position of heads of this width, and the longest context it serves.
 
     Args:
-      base, partial: what they are where the config does not say.
+      base: where the config does not say.
+      partial: the share of a head's width that turns, where the config does not say; None for families that turn all of it.
       theta: the key of the base, where the scaling's object does not have it.
       kind: "full_attention" or "sliding_attention" where these differ: `rope_parameters` then has an object for each, and
         `rope_scaling` is about the first.
@@ -189,8 +190,13 @@ def rope(fields: Fields, width: int, *, base: float = 10000.0, partial: float = 
         values = None
     given = fields.inner(key, values)
     base = next(one for one in (given.optional("rope_theta"), fields.optional(theta), base) if one is not None)
-    shares = given.optional("partial_rotary_factor"), fields.optional("partial_rotary_factor"), partial
-    rotated = int(width * next(share for share in shares if share is not None))
+    rotated = width
+    if partial is None:
+        for one in (given, fields):
+            one.expect("partial_rotary_factor", 1)
+    else:
+        shares = given.optional("partial_rotary_factor"), fields.optional("partial_rotary_factor"), partial
+        rotated = int(width * next(share for share in shares if share is not None))
     scaling, longest = _scaling(fields, given, rotated, longest)
     given.finish(frozenset({"finetuned"}))
     return config.Rope(base, None if rotated == width else rotated, scaling=scaling), longest
@@ -226,18 +232,24 @@ def _scaling(fields: Fields, given: Fields, width: int, longest: int) -> tuple[c
             return (config.YarnScaling(factor, length, _yarn_magnitude(given, factor), *ramp, truncate),
                     max(longest, int(length * factor)))
         case "longrope" | "su":
-            usual = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
             magnitude = given.optional("attention_factor")
+            if magnitude is None:
+                magnitude = long_magnitude(factor, length)
             divisors = []
             for end in ("short_factor", "long_factor"):
                 listed = given.get(end)
                 if not isinstance(listed, Sequence) or len(listed) != width // 2:
                     raise given.wrong(end, f"a list of {width // 2} numbers is needed")
                 divisors.append(tuple(float(x) for x in listed))
-            return config.LongRopeScaling(*divisors, length, usual if magnitude is None else magnitude), longest
+            return config.LongRopeScaling(*divisors, length, magnitude), longest
         case _:
             raise given.wrong("rope_type" if types[0] else "type",
                               "there is default, linear, dynamic, yarn, llama3, longrope")
+
+
+def long_magnitude(factor: float, length: int) -> float:
+    """LongRoPE's factor on cosine and sine where the config has none."""
+    return math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
 
 
 def _yarn_magnitude(given: Fields, factor: float) -> float:
@@ -269,7 +281,7 @@ def write_scaling(scaling: config.RopeScaling | None) -> dict[str, Any] | None:
                     "truncate": yarn.truncate}
         case config.LongRopeScaling() as long:
             return {"rope_type": "longrope", "short_factor": list(long.short), "long_factor": list(long.long),
-                    "attention_factor": long.magnitude, "original_max_position_embeddings": long.length}
+                    "factor": 1.0, "attention_factor": long.magnitude, "original_max_position_embeddings": long.length}
 
 
 def write_rope(cfg: config.Decoder) -> dict[str, Any]:
@@ -284,7 +296,10 @@ def write_rope(cfg: config.Decoder) -> dict[str, Any]:
         raise ValueError("no layer has a rotary position")
     scaling = position.scaling
     longest = scaling.length if isinstance(scaling, config.DynamicNtkScaling) else cfg.length
-    return {"max_position_embeddings": longest, "rope_theta": position.base, "rope_scaling": write_scaling(scaling)}
+    values = {"max_position_embeddings": longest, "rope_theta": position.base, "rope_scaling": write_scaling(scaling)}
+    if isinstance(scaling, config.LongRopeScaling):  # before version 5 transformers looks for its length here alone
+        values["original_max_position_embeddings"] = scaling.length
+    return values
 
 
 def windows(fields: Fields, layers: int, window: int | None, usual: Callable[[int], bool]) -> list[int | None]:

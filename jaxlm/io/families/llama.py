@@ -3,7 +3,17 @@
 from typing import Any
 
 from jaxlm import config
-from jaxlm.io.families.fields import Family, Fields, decoder, rope, windows, write_activation, write_rope, write_windows
+from jaxlm.io.families.fields import (
+    Family,
+    Fields,
+    decoder,
+    long_magnitude,
+    rope,
+    windows,
+    write_activation,
+    write_rope,
+    write_windows,
+)
 from jaxlm.io.names import Row, head, linear, norm
 
 LAYER = "{base}layers.{i}"
@@ -192,7 +202,7 @@ def _write_olmo2(cfg: config.Decoder) -> dict[str, Any]:
 
 def _read_phi3(fields: Fields) -> config.Decoder:
     width, heads, kv_heads, head_width = sizes(fields)
-    position, length = rope(fields, head_width)
+    position, length = rope(fields, head_width, partial=1.0)
     if not isinstance(position.scaling, config.LongRopeScaling | None):
         raise fields.wrong("rope_scaling" if fields.get("rope_scaling") else "rope_parameters", "its type must be longrope")
     window = None if fields.get("sliding_window") is None else fields.integer("sliding_window")
@@ -208,10 +218,13 @@ def _read_phi3(fields: Fields) -> config.Decoder:
 
 def _write_phi3(cfg: config.Decoder) -> dict[str, Any]:
     attention = cfg.stack.blocks()[0].attention
-    values = write_sizes(cfg) | write_rope(cfg) | _eps(cfg)
-    scaling = values["rope_scaling"] or {}
-    # Where transformers looks for it first.
-    values["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings", cfg.length)
+    values = {"original_max_position_embeddings": cfg.length} | write_sizes(cfg) | write_rope(cfg) | _eps(cfg)
+    scaling = getattr(attention.position, "scaling", None)
+    if isinstance(scaling, config.LongRopeScaling):
+        # Before version 5 transformers takes these three keys and no other.
+        values["rope_scaling"] = {"type": "longrope", "short_factor": list(scaling.short), "long_factor": list(scaling.long)}
+        if scaling.magnitude != long_magnitude(cfg.length / scaling.length, scaling.length):
+            values["rope_scaling"]["attention_factor"] = scaling.magnitude
     return values | {"head_dim": attention.head_width, "sliding_window": attention.window,
                      "partial_rotary_factor": attention.rotated / attention.head_width}
 
@@ -247,7 +260,8 @@ FAMILIES = (
     Family("mistral", "Mistral 7B", "MistralForCausalLM", TABLE, _read_mistral, _write_mistral,
            defaults=DEFAULTS | {"sliding_window": 4096}),
     Family("qwen2", "Qwen 2, 2.5; Qwen2.5-Coder", "Qwen2ForCausalLM", TABLE, _read_qwen2, _write_qwen2, defaults=_QWEN),
-    Family("qwen3", "Qwen 3", "Qwen3ForCausalLM", TABLE, _read_qwen3, _write_qwen3, defaults=_QWEN | {"head_dim": 128, "attention_bias": False}),
+    Family("qwen3", "Qwen 3", "Qwen3ForCausalLM", TABLE, _read_qwen3, _write_qwen3,
+           defaults=_QWEN | {"head_dim": 128, "attention_bias": False}),
     Family("smollm3", "SmolLM3", "SmolLM3ForCausalLM", TABLE, _read_smollm3, _write_smollm3,
            defaults=_BIASED | {"tie_word_embeddings": True, "no_rope_layer_interval": 4, "mlp_bias": False,
                                 "use_sliding_window": False}),

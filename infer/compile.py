@@ -1,0 +1,390 @@
+"""Compiles a model's prefill and decoding loop for TPUs on a machine that has none, and says what the compiler made of them.
+
+python -m infer.compile --model configs/llama3_8b.py --topology v5e:2x2 --batch 8 --length 4096
+
+The real TPU compiler (libtpu) runs anywhere; nothing is executed and no weights are read. What is printed are its facts:
+whether it fits, what a step reads and sends, whether the loop copies its cache. They are no measurement of speed.
+"""
+
+import os
+
+# Before jax is imported: no accelerator of this machine is touched, and libtpu asks no cloud what machine it is on.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import pathlib
+import re
+import runpy
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.experimental import topologies
+from jaxtyping import PyTree
+from rich.table import Table
+
+from infer import hlo, session
+from jaxlm import cache as caching
+from jaxlm import config, params, sharding
+from jaxlm import model as models
+from jaxlm.decoding import generate, loop
+from jaxlm.decoding.logits import Settings
+from jaxlm.io import families
+from jaxlm.weight import quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Compiles a model's prefill and decoding loop for TPUs on a machine that has none."""
+
+    model: pathlib.Path
+    """A Python file with a config() like those in configs/, or a Hugging Face config.json or its directory."""
+    topology: str = "v5e:2x2"
+    """Chip and slice: v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1, tpu7x:2x2x1 ..."""
+    batch: int = 8
+    """Rows generated side by side."""
+    length: int = 4096
+    """Tokens that a row may hold, prompt and answer together; the cache has a slot for each."""
+    prompt: int | None = None
+    """The longest prompt; default all but 128 tokens (or half) of the length. It is padded as generation pads it."""
+    weights: Literal["bfloat16", "int8"] = "bfloat16"
+    """How matrices are stored; int8 has a bfloat16 scale per output. Everything else is bfloat16."""
+    mesh: str = "model=-1"
+    """How the slice is split: sizes of data, fsdp, model; -1 is what the others leave. Default: tensor parallel."""
+    sample: bool = False
+    """Draw tokens with temperature, top-k and top-p, in place of taking the likeliest."""
+    json: bool = False
+    """Print one JSON object on the last line of standard output, and the table for people on standard error."""
+
+
+def read_config(path: pathlib.Path) -> config.Decoder:
+    """Raises:
+      ValueError: for a path that is neither a Python file with a config() nor a config.json.
+    """
+    if path.suffix == ".py" and path.is_file():
+        make = runpy.run_path(str(path)).get("config")
+        cfg = make() if callable(make) else None
+        if not isinstance(cfg, config.Decoder):
+            raise ValueError(f"{path} has no function config() that gives a jaxlm.config.Decoder")
+        return cfg
+    file = path / "config.json" if path.is_dir() else path
+    if file.suffix != ".json" or not file.is_file():
+        raise ValueError(f"{path} is neither a Python file with a config(), nor a config.json or a directory that holds one")
+    return families.read(json.loads(file.read_text(encoding="utf-8")))
+
+
+def make_mesh(topology: str, split: str) -> jax.sharding.Mesh:
+    """The mesh over a slice that this machine does not have.
+
+    Raises:
+      ValueError: without libtpu, for a slice that it does not know, or a split that does not fit the slice.
+    """
+    try:
+        importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError("the TPU compiler is not installed; it comes with jaxlm's extra: pip install 'jaxlm[tpu]' "
+                         "(Linux on x86-64)") from error
+    try:
+        sizes = {axis: int(size) for axis, size in (part.split("=") for part in split.split(","))}
+    except ValueError as error:
+        raise ValueError(f"a mesh is given as data=2,model=-1, got {split!r}") from error
+    reasons = []
+    for bounds in ({}, {"chips_per_host_bounds": (1, 1, 1)}):  # the second for slices smaller than a host
+        try:
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
+            return sharding.mesh(devices=devices, **sizes)
+        except jax.errors.JaxRuntimeError as error:
+            reasons.append(str(error))
+    raise ValueError(f"libtpu knows no slice {topology!r} ({reasons[0]}); they are written v5e:2x2, v6e:1x1, v5p:2x2x1")
+
+
+def abstract_weights(cfg: config.Decoder, mesh: jax.sharding.Mesh, kind: str) -> PyTree:
+    """The shapes of a model's weights and how they are split, Int8 where products read them if `kind` says so."""
+    spec = models.spec(cfg)
+
+    def one(param: params.Param) -> Any:
+        weight = jax.ShapeDtypeStruct(param.shape, jnp.bfloat16)
+        if kind == "int8" and param.inputs:
+            return jax.eval_shape(functools.partial(quantize, inputs=param.inputs), weight)
+        return weight
+
+    tree = jax.tree.map(one, spec)
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree,
+                        sharding.match(tree, spec, mesh))
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes that abstract arrays take on each chip."""
+    return sum(_shard(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _shard(leaf: jax.ShapeDtypeStruct) -> int:
+    """Numbers of an abstract array that each chip holds."""
+    return math.prod(leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape))
+
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def out_of_memory(message: str) -> tuple[int, int] | None:
+    """(bytes needed, bytes there are) on a chip, as the compiler's error says; None for another error.
+
+    Example:
+      >>> out_of_memory("RESOURCE_EXHAUSTED: ... required for HLO temporaries (20.50G) exceeds available HBM (15.75G).")
+      (22011707392, 16911433728)
+    """
+    found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message)
+    found = found or re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    if found is None:
+        return None
+    return round(float(found[1]) * UNITS[found[2]]), round(float(found[3]) * UNITS[found[4]])
+
+
+def usable_bytes(mesh: jax.sharding.Mesh) -> int:
+    """Memory of a chip that programs can use: what the compiler says when it refuses one that is far too large."""
+    huge = jax.ShapeDtypeStruct((1 << 32, 1 << 12), jnp.int8, sharding=jax.sharding.SingleDeviceSharding(mesh.devices.flat[0]))
+    try:
+        jax.jit(lambda x: -x).lower(huge).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if limits := out_of_memory(str(error)):
+            return limits[1]
+        raise
+    raise AssertionError("a program of 16 TiB fits on one chip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What became of one program. `needed` is bytes per chip, by the compiler's error where it does not fit."""
+
+    compiled: Any
+    needed: int
+    temporary: int | None
+    seconds: float
+    host_transfers: int
+
+    def summary(self) -> dict[str, Any]:
+        """What is printed of it."""
+        return {"fits": self.compiled is not None, "needed_bytes": self.needed, "temporary_bytes": self.temporary,
+                "compile_s": self.seconds}
+
+
+def build(lowered: Any) -> Program:
+    """Compiles.
+
+    Raises:
+      jax.errors.JaxRuntimeError: for every failure but too little memory.
+    """
+    transfers, began = hlo.host_transfers(lowered.as_text()), time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        limits = out_of_memory(str(error))
+        if limits is None:
+            raise
+        return Program(None, limits[0], None, time.perf_counter() - began, transfers)
+    memory = compiled.memory_analysis()
+    needed = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    return Program(compiled, needed, memory.temp_size_in_bytes, time.perf_counter() - began, transfers)
+
+
+def least_bytes(cfg: config.Decoder, weights: PyTree, cache: PyTree) -> int:
+    """Bytes per chip and step that no program can avoid: every weight that a product reads and the whole cache, once."""
+    tree = dict(weights["decoder"])
+    embedding = tree.pop("embedding")
+    return nbytes(tree) + nbytes(cache) + (nbytes(embedding["tokens"]) if cfg.head.tied else 0)
+
+
+def least_flops(cfg: config.Decoder, batch: int, slots: int, chips: int) -> float:
+    """FLOPs per chip and step of the model's products alone, evenly split: one token a row against all slots."""
+    spec = models.spec(cfg)["decoder"]
+    matrices = dict(spec) | {"embedding": {"tokens": spec["embedding"]["tokens"]} if cfg.head.tied else {}}
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(matrices) if leaf.inputs)
+    scores = sum(2 * block.attention.heads * block.attention.head_width * slots for block in cfg.stack.blocks())
+    return 2 * batch * (weights + scores) / chips
+
+
+def doubled(cfg: config.Decoder, group: int) -> config.Decoder:
+    """One group's pattern twice, repeated half as often: the compiler then counts its body twice."""
+    groups = list(cfg.stack.groups)
+    old = groups[group]
+    groups[group] = config.Group(old.pattern * 2, max(old.repeats // 2, 1))
+    return dataclasses.replace(cfg, stack=config.Stack(tuple(groups)))
+
+
+class Check:
+    """The two programs that generation runs, for one model, slice, batch and length."""
+
+    def __init__(self, arguments: Arguments):
+        """Raises:
+          ValueError: for sizes that are not positive, or lengths that do not fit each other or the model.
+        """
+        self.arguments, self.config = arguments, read_config(arguments.model)
+        batch, length, context = arguments.batch, arguments.length, self.config.length
+        prompt = max(length - 128, length // 2) if arguments.prompt is None else arguments.prompt
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        if not 1 <= prompt < length <= context:
+            raise ValueError(f"it must hold that 1 <= prompt ({prompt}) < length ({length}) <= the model's context ({context})")
+        self.mesh = make_mesh(arguments.topology, arguments.mesh)
+        self.prompt = min(generate.bucket(prompt), context)
+        self.slots = max(generate.bucket(length, 64), self.prompt)
+        self.capacity = generate.bucket(length - prompt)
+        row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        number = jax.ShapeDtypeStruct((batch,), jnp.float32)
+        settings = Settings(temperature=number, top_k=row, top_p=number) if arguments.sample else Settings()
+        keys = jax.eval_shape(lambda: generate.row_keys(0, batch))
+        self.request = loop.Request(keys, row, jax.ShapeDtypeStruct((4,), jnp.int32), settings, None, None)
+
+    def weights(self, cfg: config.Decoder) -> PyTree:
+        """Abstract weights on the mesh."""
+        return abstract_weights(cfg, self.mesh, self.arguments.weights)
+
+    def _prompts(self) -> tuple[Any, ...]:
+        batch = self.arguments.batch
+        return jax.ShapeDtypeStruct((batch, self.prompt), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32), self.request
+
+    def prefill(self, cfg: config.Decoder) -> Any:
+        """The prefill, lowered for the slice."""
+        return generate._prefill.lower(generate.Forward(cfg, None), self.weights(cfg), *self._prompts(), self.slots,
+                                       self.capacity, False)
+
+    def state(self, cfg: config.Decoder, compiled: Any = None) -> loop.State:
+        """What the prefill gives, as shapes: split as its compiled program splits it, else as `jaxlm.sharding` says."""
+        step = functools.partial(generate._prefill, generate.Forward(cfg, None), slots=self.slots, capacity=self.capacity,
+                                 logprobs=False)
+        shapes = jax.eval_shape(step, self.weights(cfg), *self._prompts())
+
+        def place(leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+            axes = caching.AXES if leaf.ndim == len(caching.AXES) else (None,) * leaf.ndim
+            return jax.sharding.NamedSharding(self.mesh, sharding.partition(axes, leaf.shape, self.mesh.shape))
+        places = jax.tree.map(place, shapes) if compiled is None else compiled.output_shardings
+        return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
+
+    def decode(self, cfg: config.Decoder, state: loop.State) -> Any:
+        """The loop, lowered for the slice."""
+        return generate._run.lower(generate.Forward(cfg, None), self.weights(cfg), state, self.request,
+                                   jax.ShapeDtypeStruct((), jnp.int32))
+
+    def flops(self, compiled: Any) -> float:
+        """FLOPs per step and chip by the compiler's count, which takes the body of a loop once.
+
+        Each group of layers is therefore compiled once more with its pattern doubled, and the difference multiplied.
+        """
+        first = compiled.cost_analysis()["flops"]
+        total = first
+        for index, group in enumerate(self.config.stack.groups):
+            if group.repeats > 1:
+                cfg = doubled(self.config, index)
+                again = self.decode(cfg, self.state(cfg)).compile().cost_analysis()["flops"]
+                total += (group.repeats - 1) * (again - first)
+        return total
+
+    def run(self) -> dict[str, Any]:
+        """Everything that the program prints."""
+        cfg, chips = self.config, self.mesh.size
+        with contextlib.nullcontext() if chips == 1 else jax.set_mesh(self.mesh):
+            prefill = build(self.prefill(cfg))
+            state = self.state(cfg, prefill.compiled)
+            decode = build(self.decode(cfg, state))
+            facts = {} if decode.compiled is None else self.facts(decode.compiled, state)
+        weights, usable = self.weights(cfg), usable_bytes(self.mesh)
+        needed = max(prefill.needed, decode.needed)
+        return {
+            "model": str(self.arguments.model), "parameters": params.count(models.spec(cfg)),
+            "topology": self.arguments.topology, "device": self.mesh.devices.flat[0].device_kind, "chips": chips,
+            "mesh": {axis: size for axis, size in self.mesh.shape.items() if size > 1},
+            "batch": self.arguments.batch, "length": self.slots, "prompt": self.prompt, "weights": self.arguments.weights,
+            "sample": self.arguments.sample,
+            "fits": prefill.compiled is not None and decode.compiled is not None,
+            "headroom_bytes": usable - needed, "usable_bytes": usable, "weight_bytes": nbytes(weights),
+            "cache_bytes": nbytes(state.cache.layers),
+            "temporary_bytes": max((one.temporary for one in (prefill, decode) if one.temporary is not None), default=None),
+            "prefill": prefill.summary(), "decode": decode.summary(),
+            "minimum_bytes_per_step": least_bytes(cfg, weights, state.cache.layers),
+            "minimum_flops_per_step": least_flops(cfg, self.arguments.batch, self.slots, chips),
+            **facts,
+            "host_callbacks": prefill.host_transfers + decode.host_transfers,
+            "compile_s": prefill.seconds + decode.seconds,
+            "jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"),
+        }
+
+    def facts(self, compiled: Any, state: loop.State) -> dict[str, Any]:
+        """What the text of the compiled loop says of one step on one chip."""
+        module = hlo.Module(compiled.as_text())
+        body = module.loop()
+        leaves = jax.tree.leaves(state.cache.layers)
+        whole = {_shard(leaf) for leaf in leaves}
+        layers = {_shard(leaf) // leaf.shape[0] for leaf in leaves} - whole
+        layer_copies = hlo.copies(module, body, layers)
+        return {
+            "bytes_per_step": hlo.traffic(module, body),
+            "flops_per_step": self.flops(compiled),
+            "collectives": hlo.collectives(module, body),
+            "cache_copies": hlo.copies(module, body, whole).total(),
+            "layer_copies": layer_copies[hlo.HBM],
+            "layer_copies_on_chip": layer_copies.total() - layer_copies[hlo.HBM],
+            "entry_copy_bytes": sum(size for one in module.entry.instructions.values()
+                                    for shape, size in module.writes(module.entry, one) if shape.space == hlo.HBM),
+        }
+
+
+def size(count: float | None) -> str:
+    """Bytes for people."""
+    if count is None:
+        return "unknown"
+    unit = "GiB" if abs(count) >= 1 << 28 else "MiB"
+    return f"{count / (1 << (30 if unit == 'GiB' else 20)):,.2f} {unit}"
+
+
+def rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The table for people."""
+    yield "fits", (f"yes, {size(result['headroom_bytes'])} to spare" if result["fits"] else
+                   f"NO, {size(-result['headroom_bytes'])} too much") + f" of {size(result['usable_bytes'])} a chip"
+    for name in ("weight_bytes", "cache_bytes"):
+        yield name.removesuffix("_bytes") + (" a chip"), size(result[name])
+    for name in ("prefill", "decode"):
+        one = result[name]
+        yield f"{name} a chip", (f"{size(one['needed_bytes'])} in all, {size(one['temporary_bytes'])} of it temporary, "
+                                 f"compiled in {one['compile_s']:.1f} s")
+    if "bytes_per_step" in result:
+        for name, unit, scale in (("bytes", "GB", 1e9), ("flops", "GFLOP", 1e9)):
+            took, least = result[f"{name}_per_step"], result[f"minimum_{name}_per_step"]
+            yield f"{name} a step and chip", f"{took / scale:.3f} {unit}, {took / least:.3f} of the model's minimum"
+        sent = [f"{one['count']} {kind} of {size(one['bytes'])}" for kind, one in result["collectives"].items()]
+        yield "collectives a step", ", ".join(sent) or "none"
+        yield "cache copies in the loop", str(result["cache_copies"])
+        yield "layer copies in the loop", f"{result['layer_copies']}, on the chip {result['layer_copies_on_chip']}"
+        yield "laid out anew before the loop", size(result["entry_copy_bytes"])
+    yield "host callbacks", str(result["host_callbacks"])
+
+
+def main(arguments: Arguments) -> None:
+    """Compiles, and prints what came out."""
+    console = session.console(arguments.json)
+    check = Check(arguments)
+    with console.status(f"compiling for {arguments.topology}"):
+        result = check.run()
+    split = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items()) or "one chip"
+    table = Table(title=f"{arguments.model} on {arguments.topology} ({split}), {result['weights']}, batch {result['batch']}, "
+                        f"{result['length']} tokens, prompts of {result['prompt']}", show_header=False, title_justify="left")
+    for row in rows(result):
+        table.add_row(*row)
+    console.print(table)
+    session.finish(result, arguments.json)
+
+
+if __name__ == "__main__":
+    with session.errors():
+        main(tyro.cli(Arguments, description=__doc__))

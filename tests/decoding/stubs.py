@@ -1,0 +1,111 @@
+"""A tokenizer of single bytes, and a model that says what it is told to."""
+
+import codecs
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import config, model
+from tests import tiny
+
+VOCABULARY, BOS, EOS, EOT = 260, 256, 257, 258  # id = byte, three special tokens, and an id that the tokenizer lacks
+
+
+class Bytes:
+    """What generation asks of a tokenizer: an id below 256 is that byte, special ids add no text.
+
+    `words` gives some ids other bytes to stand for.
+    """
+
+    eos_ids = (EOS, EOT)
+    size = 259
+
+    def __init__(self, words=None):
+        self.table = [(words or {}).get(i, bytes([i]) if i < 256 else b"") for i in range(self.size)]
+
+    def encode(self, text):
+        return [BOS, *text.encode()] if text else []
+
+    def token_bytes(self):
+        return list(self.table)
+
+    def decode(self, tokens):
+        stream = self.stream()
+        return stream.push(tokens) + stream.flush()
+
+    def stream(self):
+        return Stream(self.table)
+
+
+class Stream:
+    """Text as far as it is sure: an unfinished character waits for its other bytes."""
+
+    def __init__(self, table):
+        self.table = table
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, tokens):
+        assert all(0 <= token < len(self.table) for token in tokens), "the tokenizer has no such id"
+        return self.decoder.decode(b"".join(self.table[token] for token in tokens))
+
+    def flush(self):
+        return self.decoder.decode(b"", final=True)
+
+
+def decoder(*blocks, position=None, **fields):
+    return tiny.decoder(blocks, embedding=config.Embedding(VOCABULARY, position=position), **fields)
+
+
+# Few layers: programs are compiled for each, and what a layer does is tested elsewhere.
+DECODERS = {
+    "rope": decoder(*[tiny.block(window=3, position=config.Rope(100.0))] * 2,
+                    tiny.block(qk_norm=config.QkNorm(config.RmsNorm()))),
+    "alibi": decoder(tiny.block(kv_heads=1, position=config.Alibi((0.5, 0.25, 0.125, 0.0625)), bias=True, sinks=True),
+                     head=config.Head(tied=False, bias=True)),
+    "learned": decoder(tiny.block(config.PostNorm(config.LayerNorm()), position=None), norm=None,
+                       position=config.Learned(66, offset=2), head=config.Head(tied=False)),
+    "scaled": decoder(tiny.block(position=config.Rope(100.0, scaling=config.DynamicNtkScaling(2.0, 4))),
+                      tiny.block(position=config.Rope(100.0, scaling=config.LongRopeScaling(
+                          (1.0, 1.5, 2.0, 2.5), (1.0, 3.0, 5.0, 9.0), 8, 1.2)))),
+}
+
+
+@functools.cache
+def random(name, length=64):
+    """Random weights."""
+    cfg = dataclasses.replace(DECODERS[name], length=length)
+    return model.Model(cfg, tiny.weights(model.spec(cfg)), Bytes())
+
+
+LENGTH = 64
+
+# Attention and feed-forward add nothing, every token's vector is zero and position p's is the p-th unit vector, so the
+# head's p-th column is the logits after position p.
+SCRIPTED = config.Decoder(
+    LENGTH, config.Embedding(VOCABULARY, position=config.Learned(LENGTH)),
+    config.stack_of([config.Block(config.Attention(1, 1, 2, position=None), config.Dense(2, gated=False),
+                                  config.PreNorm(config.RmsNorm()))]),
+    None, config.Head(tied=False), LENGTH)
+
+
+def scripted(script, start, tokenizer=None, strength=50.0):
+    """A model whose greedy token at absolute position start + i is script[i], whatever came before; beyond it, id 259."""
+    tokens = np.full(LENGTH + 1, VOCABULARY - 1)
+    tokens[start:start + len(script)] = list(script)
+    out = np.zeros((VOCABULARY, LENGTH), np.float32)
+    out[tokens[1:], np.arange(LENGTH)] = strength
+    return with_logits(out.T, tokenizer)
+
+
+def with_logits(logits, tokenizer=None):
+    """A model whose logits after position p are logits[p]: [LENGTH, V]."""
+    def zeros(branch):
+        return {name: zeros(leaf) if isinstance(leaf, dict) else jnp.zeros(leaf.shape) for name, leaf in branch.items()}
+
+    cfg = dataclasses.replace(SCRIPTED, embedding=dataclasses.replace(SCRIPTED.embedding, vocabulary=logits.shape[1]))
+    tree = zeros(model.spec(cfg))
+    tree["decoder"]["embedding"]["positions"] = jnp.eye(LENGTH)
+    tree["decoder"]["head"]["out"] = jnp.asarray(np.ascontiguousarray(logits.T), jnp.float32)
+    return model.Model(cfg, tree, tokenizer)
