@@ -139,12 +139,7 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:
-    """(bytes needed, bytes there are) on a chip, as the compiler's error says; None for another error.
-
-    Example:
-      >>> out_of_memory("RESOURCE_EXHAUSTED: ... required for HLO temporaries (20.50G) exceeds available HBM (15.75G).")
-      (22011707392, 16911433728)
-    """
+    """(bytes needed, bytes there are) on a chip, as the compiler's error says; None for another error."""
     found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message)
     found = found or re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
     if found is None:
@@ -199,11 +194,15 @@ def build(lowered: Any) -> Program:
     return Program(compiled, needed, memory.temp_size_in_bytes, time.perf_counter() - began, transfers)
 
 
-def least_bytes(cfg: config.Decoder, weights: PyTree, cache: PyTree) -> int:
-    """Bytes per chip and step that no program can avoid: every weight that a product reads and the whole cache, once."""
+def least_bytes(cfg: config.Decoder, weights: PyTree, cache: PyTree, chips: int) -> int:
+    """Bytes per chip and step: its part of every weight that a product reads and an even part of the whole cache, once.
+
+    Weights small enough to stay on the chip from step to step make less possible.
+    """
     tree = dict(weights["decoder"])
     embedding = tree.pop("embedding")
-    return nbytes(tree) + nbytes(cache) + (nbytes(embedding["tokens"]) if cfg.head.tied else 0)
+    stored = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    return nbytes(tree) + stored // chips + (nbytes(embedding["tokens"]) if cfg.head.tied else 0)
 
 
 def least_flops(cfg: config.Decoder, batch: int, slots: int, chips: int) -> float:
@@ -267,7 +266,7 @@ class Check:
         shapes = jax.eval_shape(step, self.weights(cfg), *self._prompts())
 
         def place(leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-            axes = caching.AXES if leaf.ndim == len(caching.AXES) else (None,) * leaf.ndim
+            axes = caching.AXES if leaf.ndim == len(caching.AXES) else ("batch", None)[:leaf.ndim]
             return jax.sharding.NamedSharding(self.mesh, sharding.partition(axes, leaf.shape, self.mesh.shape))
         places = jax.tree.map(place, shapes) if compiled is None else compiled.output_shardings
         return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
@@ -312,7 +311,7 @@ class Check:
             "cache_bytes": nbytes(state.cache.layers),
             "temporary_bytes": max((one.temporary for one in (prefill, decode) if one.temporary is not None), default=None),
             "prefill": prefill.summary(), "decode": decode.summary(),
-            "minimum_bytes_per_step": least_bytes(cfg, weights, state.cache.layers),
+            "minimum_bytes_per_step": least_bytes(cfg, weights, state.cache.layers, chips),
             "minimum_flops_per_step": least_flops(cfg, self.arguments.batch, self.slots, chips),
             **facts,
             "host_callbacks": prefill.host_transfers + decode.host_transfers,
@@ -321,20 +320,31 @@ class Check:
         }
 
     def facts(self, compiled: Any, state: loop.State) -> dict[str, Any]:
-        """What the text of the compiled loop says of one step on one chip."""
-        module = hlo.Module(compiled.as_text())
+        """What the text of the compiled loop says of one step on one chip.
+
+        Raises:
+          ValueError: when jaxlib cannot read what libtpu compiled.
+        """
+        try:
+            text = compiled.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(f"libtpu {importlib.metadata.version('libtpu')} compiled a program that jaxlib "
+                             f"{importlib.metadata.version('jaxlib')} cannot read: they do not belong together, and pip install "
+                             "'jax[tpu]' installs a pair that does") from error
+        module = hlo.Module(text)
         body = module.loop()
         leaves = jax.tree.leaves(state.cache.layers)
         whole = {_shard(leaf) for leaf in leaves}
-        layers = {_shard(leaf) // leaf.shape[0] for leaf in leaves} - whole
-        layer_copies = hlo.copies(module, body, layers)
+        copies = hlo.copies(module, body, whole)
+        layer_copies = hlo.copies(module, body, {_shard(leaf) // leaf.shape[0] for leaf in leaves} - whole)
         return {
             "bytes_per_step": hlo.traffic(module, body),
             "flops_per_step": self.flops(compiled),
             "collectives": hlo.collectives(module, body),
-            "cache_copies": hlo.copies(module, body, whole).total(),
+            "cache_copies": copies[hlo.HBM],
             "layer_copies": layer_copies[hlo.HBM],
-            "layer_copies_on_chip": layer_copies.total() - layer_copies[hlo.HBM],
+            "copies_on_chip": copies.total() + layer_copies.total() - copies[hlo.HBM] - layer_copies[hlo.HBM],
+            "cache_in_place": compiled.memory_analysis().alias_size_in_bytes >= nbytes(state.cache.layers),
             "entry_copy_bytes": sum(size for one in module.entry.instructions.values()
                                     for shape, size in module.writes(module.entry, one) if shape.space == hlo.HBM),
         }
@@ -352,8 +362,8 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The table for people."""
     yield "fits", (f"yes, {size(result['headroom_bytes'])} to spare" if result["fits"] else
                    f"NO, {size(-result['headroom_bytes'])} too much") + f" of {size(result['usable_bytes'])} a chip"
-    for name in ("weight_bytes", "cache_bytes"):
-        yield name.removesuffix("_bytes") + (" a chip"), size(result[name])
+    yield "weights a chip", size(result["weight_bytes"])
+    yield "cache a chip", size(result["cache_bytes"])
     for name in ("prefill", "decode"):
         one = result[name]
         yield f"{name} a chip", (f"{size(one['needed_bytes'])} in all, {size(one['temporary_bytes'])} of it temporary, "
@@ -364,8 +374,9 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"{name} a step and chip", f"{took / scale:.3f} {unit}, {took / least:.3f} of the model's minimum"
         sent = [f"{one['count']} {kind} of {size(one['bytes'])}" for kind, one in result["collectives"].items()]
         yield "collectives a step", ", ".join(sent) or "none"
+        yield "cache written in place", "yes" if result["cache_in_place"] else "NO: the state that is given up is not reused"
         yield "cache copies in the loop", str(result["cache_copies"])
-        yield "layer copies in the loop", f"{result['layer_copies']}, on the chip {result['layer_copies_on_chip']}"
+        yield "layer copies in the loop", f"{result['layer_copies']}, and {result['copies_on_chip']} to memory on the chip"
         yield "laid out anew before the loop", size(result["entry_copy_bytes"])
     yield "host callbacks", str(result["host_callbacks"])
 

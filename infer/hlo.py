@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 
 HBM = 0  # the memory space of a shape without a mark; a TPU's others are on the chip
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
-# These only name or group buffers, or hold other instructions: no bytes move.
-_IDLE = ("after-all", "bitcast", "call", "conditional", "constant", "get-tuple-element", "parameter", "tuple", "while")
+# These only name or group buffers: no bytes move.
+_ENTERED = ("async-start", "call", "call-start", "conditional")  # the instructions within move the bytes
+_IDLE = ("after-all", "async-update", "bitcast", "constant", "get-tuple-element", "parameter", "tuple", "while", *_ENTERED)
 _SLICES = ("dynamic-slice", "gather", "slice", "slice-start")
 
 
@@ -209,8 +210,8 @@ class Module:
                     raise ValueError(f"how often the loop {one.name} in {computation.name} runs cannot be seen")
                 for part in ("condition", "body"):
                     yield from self.run(self.computations[one.attribute(part)], times * trips)
-            elif one.opcode in ("call", "conditional"):
-                for names in re.findall(r"(?:to_apply|\w+_computations?)=(\{[^}]*\}|\S+)", one.rest):
+            elif one.opcode in _ENTERED:
+                for names in re.findall(r"\b(?:calls|to_apply|\w+_computations?)=(\{[^}]*\}|\S+)", one.rest):
                     for name in re.findall(r"%([\w.\-]+)", names):
                         yield from self.run(self.computations[name], times)
 

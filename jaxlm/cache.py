@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from jaxlm import config
+from jaxlm import config, sharding
 
 
 @flax.struct.dataclass
@@ -108,9 +108,7 @@ def _write(layers: Any, new: Any, start: Int[Array, "B"]) -> Any:
         fits = fits.reshape((-1, 1, 1, 1)) if new.ndim == 4 else fits.reshape((1, -1, 1, 1, 1))
         return jnp.where(fits, new, jnp.nan).astype(old.dtype)
 
-    new = jax.tree.map(prepare, layers, new)
-
-    def row(b: Any, layers: Any) -> Any:
+    def row(b: Any, layers: Any, new: Any, start: Array) -> Any:
         def one(old: Array, new: Array) -> Array:
             batch, zero = old.ndim - 4, jnp.zeros((), start.dtype)
             where = [zero] * old.ndim
@@ -118,8 +116,20 @@ def _write(layers: Any, new: Any, start: Int[Array, "B"]) -> Any:
             return _update(old, jax.lax.dynamic_slice_in_dim(new, b, 1, batch), *where)
         return jax.tree.map(one, layers, new)
 
-    # One loop over rows for all layers: every compiler makes these writes in place, which it does not for a scatter.
-    return row(0, layers) if start.shape[0] == 1 else jax.lax.fori_loop(0, start.shape[0], row, layers)
+    def rows(layers: Any, new: Any, start: Array) -> Any:
+        # One loop over rows for all layers: every compiler makes these writes in place, which it does not for a scatter.
+        if start.shape[0] == 1:
+            return row(0, layers, new, start)
+        return jax.lax.fori_loop(0, start.shape[0], lambda b, layers: row(b, layers, new, start), layers)
+
+    new = jax.tree.map(prepare, layers, new)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return rows(layers, new, start)
+    # Each device writes the rows that it holds: a loop over all rows would send each of them to every device.
+    places = jax.tree.map(lambda leaf: sharding.partition(AXES[-leaf.ndim:], leaf.shape, mesh.shape), layers)
+    batch = sharding.partition(("batch",), start.shape, mesh.shape)
+    return jax.shard_map(rows, in_specs=(places, places, batch), out_specs=places, check_vma=False)(layers, new, start)
 
 
 def append(cache: Cache, new: Any, count: Int[Array, "B"]) -> Cache:

@@ -333,7 +333,7 @@ class _Job:
         emitted = [tokens[i, :count[i]] for i in range(len(self.rows))]
         text, finish = None, []
         if self.model.tokenizer is not None:
-            text = [self.model.tokenizer.decode(_known(row, self.model.tokenizer)) for row in emitted]
+            text = [self.model.tokenizer.decode(_known(row, self.model.tokenizer), continued=True) for row in emitted]
         stopped = (np.zeros(len(emitted), bool) if state.stop is None
                    else np.asarray(self.request.automaton.found)[np.asarray(state.stop)])
         for i, row in enumerate(emitted):
@@ -353,7 +353,7 @@ class _Pieces:
     """Cuts the growing text of every row into pieces that can no longer change."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[Sequence[str]]):
-        self.tokenizer, self.streams = tokenizer, [tokenizer.stream() for _ in stops]
+        self.tokenizer, self.streams = tokenizer, [tokenizer.stream(continued=True) for _ in stops]
         self.stops = stops
         self.text, self.seen, self.shown = [""] * len(stops), [0] * len(stops), [0] * len(stops)
 

@@ -31,11 +31,11 @@ class Bytes:
     def token_bytes(self):
         return list(self.table)
 
-    def decode(self, tokens):
+    def decode(self, tokens, continued=False):
         stream = self.stream()
         return stream.push(tokens) + stream.flush()
 
-    def stream(self):
+    def stream(self, continued=False):
         return Stream(self.table)
 
 

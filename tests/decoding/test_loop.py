@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlm.cache import Cache, KeyValue, visible
+from jaxlm.cache import Cache, KeyValue
 from jaxlm.decoding import loop, stop
 from jaxlm.decoding.logits import Settings
 from tests.decoding import oracle
@@ -25,6 +25,10 @@ UNTOUCHED = -7.0
 SETTINGS = {"temperature": [0.0, 0.8, 1.2, 1.0], "top_k": [9, 4, 9, 6], "top_p": [1.0, 0.9, 0.95, 1.0],
             "min_p": [0.0, 0.02, 0.0, 0.0], "typical_p": [1.0, 1.0, 0.9, 1.0], "repetition": [1.2, 1.0, 0.9, 1.0],
             "presence": [0.0, 0.3, 0.0, -0.2], "frequency": [0.1, 0.0, 0.0, 0.2]}
+
+
+def visible(slots, length):
+    return jnp.arange(slots)[None, :] < length[:, None]
 
 
 def stub(params, tokens, cache):
@@ -226,14 +230,15 @@ def test_a_cache_of_just_the_right_size_is_enough_and_one_slot_less_is_seen():
     assert short.finite.tolist() == [row != longest for row in range(ROWS)]
 
 
-def traced(step, batch, slots, width=64):
-    """The loop on a cache laid out for unrolled layers, as one CPU device has it."""
+def traced(step, batch, slots, width=64, unrolled=True):
+    """The loop on the cache of one layer, laid out for unrolled layers (as one CPU device has it) or for scanned ones."""
     request = loop.Request(jax.random.split(jax.random.key(0), batch), jnp.full(batch, 9, jnp.int32),
                            jnp.zeros(4, jnp.int32), Settings(temperature=jnp.ones(batch), top_p=jnp.ones(batch)), None, None)
 
     def first(request):
-        shape = (batch, 1, slots, width)
-        cache = Cache(((KeyValue((jnp.zeros(shape),), (jnp.zeros(shape),)),),), jnp.ones(batch, jnp.int32))
+        one = jnp.zeros((batch, 1, slots, width))
+        one = (one,) if unrolled else one[None]
+        cache = Cache(((KeyValue(one, one),),), jnp.ones(batch, jnp.int32))
         return loop.begin(cache, request, jnp.zeros((batch, VOCABULARY)), 16, True)
 
     state = jax.eval_shape(first, request)
@@ -247,14 +252,16 @@ def attentive(params, tokens, cache):
     shown = visible(k.shape[-2], cache.length).astype(jnp.float32)[:, None, None]
     seen = jnp.sum(jax.lax.dot_general(shown, k, (((3,), (2,)), ((0, 1), (0, 1)))), axis=(1, 2, 3))
     new = jnp.broadcast_to(tokens.astype(jnp.float32)[:, :, None, None], (*k.shape[:2], 1, k.shape[-1]))
-    return (params + seen[:, None])[:, None], ((KeyValue((new,), (new,)),),)
+    new = (new,) if isinstance(cache.layers[0][0].k, tuple) else new[None]
+    return (params + seen[:, None])[:, None], ((KeyValue(new, new),),)
 
 
+@pytest.mark.parametrize("unrolled", [True, False])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_cache_is_written_in_place(batch):
+def test_the_cache_is_written_in_place(batch, unrolled):
     slots, width = 4096, 64
     keys = batch * slots * width * 4
-    memory = traced(attentive, batch, slots, width).lower().compile().memory_analysis()
+    memory = traced(attentive, batch, slots, width, unrolled).lower().compile().memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * keys
     assert memory.temp_size_in_bytes < keys / 10
 

@@ -143,7 +143,7 @@ def _write_smollm3(cfg: config.Decoder) -> dict[str, Any]:
 def _qwen_windows(fields: Fields, layers: int) -> list[int | None]:
     window = fields.integer("sliding_window") if fields.flag("use_sliding_window") and fields.get("sliding_window") else None
     fields.get("sliding_window")
-    first = fields.get("max_window_layers")
+    first = fields.get("max_window_layers") or 0
     return windows(fields, layers, window, lambda i: i >= first)
 
 
