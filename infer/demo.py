@@ -3,10 +3,7 @@
 python -m infer.demo
 """
 
-import os
 import time
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import tyro
 

@@ -61,13 +61,13 @@ TEXT = """HloModule jit_run, is_scheduled=true
   ROOT %more = pred[]{:T(512)} compare(%counted, %until), direction=LT
 }
 
-%body (arg: (s32[], bf16[4,16,8], bf16[4,32,8], s32[], bf16[1,1,8])) -> (s32[], bf16[4,16,8], bf16[4,32,8], s32[], bf16[1]) {
-  %arg = (s32[], bf16[4,16,8], bf16[4,32,8], s32[], bf16[1,1,8]) parameter(0)
-  %step = s32[]{:T(128)} get-tuple-element(%arg), index=0
-  %all_weights = bf16[4,16,8]{2,1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
-  %all_kv = bf16[4,32,8]{2,1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=2
-  %depth = s32[]{:T(128)} get-tuple-element(%arg), index=3
-  %token = bf16[1,1,8]{2,1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=4
+%body (p: (s32[], bf16[4,16,8], bf16[4,32,8], s32[], bf16[1,1,8])) -> (s32[], bf16[4,16,8], bf16[4,32,8], s32[], bf16[1,1,8]) {
+  %p = (s32[], bf16[4,16,8], bf16[4,32,8], s32[], bf16[1,1,8]) parameter(0)
+  %step = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %all_weights = bf16[4,16,8]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %all_kv = bf16[4,32,8]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=2
+  %depth = s32[]{:T(128)} get-tuple-element(%p), index=3
+  %token = bf16[1,1,8]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=4
   %zero = s32[]{:T(128)} constant(0)
   %entered = (s32[], bf16[4,16,8], bf16[4,32,8], s32[]) tuple(%zero, %all_weights, %all_kv, %depth)
   %layer_loop = (s32[], bf16[4,16,8], bf16[4,32,8], s32[]) while(%entered), condition=%layer_condition, body=%layer_body
