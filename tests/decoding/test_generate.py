@@ -292,9 +292,10 @@ def test_stop_strings(script, stops, text, count):
 
 
 def test_a_stop_string_inside_a_token():
-    tokenizer = stubs.Bytes({200: b"x END y END", 201: b"EN"})
-    out = say([97, 200, 98], tokenizer=tokenizer, stop_strings="END")
-    assert (out.text, lists(out.tokens), out.finish) == (["ax "], [[97, 200]], ["stop"])
+    tokenizer = stubs.Bytes({200: b"x END y STOP", 201: b"EN"})
+    for stops in ("END", ["STOP", "END"], ["END", "STOP"]):
+        out = say([97, 200, 98], tokenizer=tokenizer, stop_strings=stops)
+        assert (out.text, lists(out.tokens), out.finish) == (["ax "], [[97, 200]], ["stop"])
     pieces = []
     out = say([97, 201, 68, 98], tokenizer=tokenizer, stop_strings=["END"], on_text=pieces.append, segment=1)
     assert out.text == ["a"] and "".join(piece for [piece] in pieces) == "a"
@@ -305,6 +306,11 @@ def test_end_of_text_comes_before_the_stop_string_it_would_complete():
     assert (out.text, out.finish) == ([""], ["eos"])
     out = say([97, stubs.EOS, 98], stop_strings="ab")
     assert (out.text, out.finish) == (["a"], ["eos"])
+
+
+def test_a_finished_row_that_waits_for_others_completes_no_stop_string():
+    out = generate(stubs.scripted(b"dddddddd", 3, stubs.Bytes()), ["ab"] * 3, [1, 4, 2], stop_strings=[["dd"], None, ["ddd"]])
+    assert out.text == ["d", "dddd", "dd"] and out.finish == ["length"] * 3
 
 
 def test_rows_have_stop_strings_of_their_own():
@@ -394,6 +400,8 @@ def test_penalties_see_prompt_and_output_as_documented():
     logits[:, 97], logits[:, 98], logits[:, 99] = 3.0, 2.5, 2.2
     lm = stubs.with_logits(logits, stubs.Bytes())
     # 3 / 1.4 is below 2.2, and 2.2 / 1.4 below 2.5 / 1.4 below 3 / 1.4.
+    out = generate(lm, ["a", "b", "x"], 4, repetition_penalty=1.4, presence_penalty=[1e-6, 0, 0], frequency_penalty=[1e-6, 0, 0])
+    assert out.text == ["bcaa", "acaa", "abca"]
     out = generate(lm, ["b", "b", "b"], 6, repetition_penalty=[1.4, 1, 1], presence_penalty=[0, 1.0, 0],
                    frequency_penalty=[0, 0, 0.3])
     assert out.text == ["acaaaa", "abcaaa", "aababc"]

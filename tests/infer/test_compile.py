@@ -20,12 +20,13 @@ pytest.importorskip("libtpu", reason="the TPU compiler comes for Linux on x86-64
 
 CONFIGS = pathlib.Path(program.__file__).parents[1] / "configs"
 
-# Sizes of cache and weights all differ, so that copies cannot be mistaken for one another.
+# Sizes of cache and weights all differ, so that copies cannot be mistaken for one another. At 4096 tokens the cache is too
+# large to be worth moving to memory on the chip and back with every step, as compilers do with very small ones.
 TINY = """
 from jaxlm.config import *
 def config():
     block = Block(Attention(heads=8, kv_heads=4, head_width={head}), Dense(640), PreNorm(RmsNorm()))
-    return Decoder(384, Embedding(1280), stack_of([block] * 3), RmsNorm(), Head(tied=False), 1024)
+    return Decoder(384, Embedding(1280), stack_of([block] * 3), RmsNorm(), Head(tied=False), 8192)
 """
 
 
@@ -55,19 +56,20 @@ def good(result):
 
 @pytest.mark.parametrize("batch, head, weights", [(8, 128, "bfloat16"), (1, 64, "int8")])
 def test_a_tiny_model_on_four_chips(tiny, batch, head, weights):
-    result, table = run("--model", tiny[head], "--topology", "v5e:2x2", "--batch", batch, "--length", 256, "--weights", weights)
+    result, table = run("--model", tiny[head], "--topology", "v5e:2x2", "--batch", batch, "--length", 4096, "--prompt", 120,
+                        "--weights", weights)
     assert good(result)
-    assert (result["chips"], result["mesh"], result["prompt"], result["length"]) == (4, {"model": 4}, 128, 256)
+    assert (result["chips"], result["mesh"], result["prompt"], result["length"]) == (4, {"model": 4}, 128, 4096)
     cfg = program.read_config(tiny[head])
     assert result["parameters"] == params.count(model.spec(cfg))
-    assert result["cache_bytes"] == 3 * batch * 4 * 256 * head * 2 * 2 // 4
+    assert result["cache_bytes"] == 3 * batch * 4 * 4096 * head * 2 * 2 // 4
     matrices = result["parameters"] - 7 * 384
     scales = 2 * (1280 + 3 * (16 * head + 640 * 2 + 384)) if weights == "int8" else 0
     split = matrices * (1 if weights == "int8" else 2)
     assert result["weight_bytes"] == pytest.approx(split / 4 + scales + 7 * 384 * 2, rel=0.05)
     # The compiler's own limit, and what it needs beside weights and cache.
     assert 15.5 * 2**30 < result["usable_bytes"] < 16 * 2**30
-    assert 0 < result["usable_bytes"] - result["headroom_bytes"] < 2**27
+    assert 0 < result["usable_bytes"] - result["headroom_bytes"] < 2**28
     assert result["weight_bytes"] + result["cache_bytes"] < result["decode"]["needed_bytes"]
     # Two sums a layer, one for the embedding (of values and of scales) and two for the likeliest token.
     assert result["collectives"]["all-reduce"]["count"] == 3 * 2 + 3 + (weights == "int8")
@@ -78,7 +80,7 @@ def test_a_tiny_model_on_four_chips(tiny, batch, head, weights):
 
 
 def test_sampling_stays_split_over_the_vocabulary(tiny):
-    result, _ = run("--model", tiny[128], "--length", 256, "--sample")
+    result, _ = run("--model", tiny[128], "--length", 4096, "--prompt", 100, "--sample")
     assert good(result)
     sums = result["collectives"].pop("all-reduce")
     assert not result["collectives"]
@@ -157,7 +159,7 @@ def test_errors_of_memory_are_read(message, limits):
 
 @pytest.mark.parametrize("arguments, message", [
     (("--batch", 0), "batch must be at least 1, got 0"),
-    (("--length", 2048), r"length \(2048\) <= the model's context \(1024\)"),
+    (("--length", 16384), r"length \(16384\) <= the model's context \(8192\)"),
     (("--length", 256, "--prompt", 256), r"1 <= prompt \(256\) < length \(256\)"),
     (("--length", 256, "--topology", "v5x:2x2"), "libtpu knows no slice 'v5x:2x2'"),
     (("--length", 256, "--mesh", "model"), "a mesh is given as data=2,model=-1, got 'model'"),
@@ -172,8 +174,8 @@ def test_models_are_python_files_or_config_json(tiny, tmp_path):
     cfg = program.read_config(CONFIGS / "llama3_8b.py")
     assert params.count(model.spec(cfg)) == 8_030_261_248
     assert params.count(model.spec(program.read_config(CONFIGS / "smollm2_135m.py"))) == 134_515_008
-    fields = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "vocab_size": 128, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    fields = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128,
+              "num_attention_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     read = program.read_config(tmp_path)
     assert read == program.read_config(tmp_path / "config.json")
@@ -201,7 +203,7 @@ def test_a_missing_compiler_is_named(tiny, monkeypatch):
     ("--topology", "v6e:1x1", "--batch", 1, "--weights", "int8"),
     ("--topology", "v5e:2x2", "--batch", 8, "--mesh", "data=2,model=2"),
     ("--topology", "v5e:2x2", "--batch", 8, "--sample"),
-], ids=lambda arguments: " ".join(str(one) for one in arguments[1::2]))
+], ids=lambda arguments: " ".join(str(one).removeprefix("--") for one in arguments))
 def test_llama_3_8b_fits_and_copies_nothing(arguments):
     result, _ = run("--model", CONFIGS / "llama3_8b.py", "--length", 4096, *arguments)
     assert good(result)
@@ -225,10 +227,13 @@ def test_smollm2_fits_and_copies_nothing(batch):
 
 @pytest.mark.slow
 def test_the_last_line_is_json_and_nothing_else_is_said(tiny):
-    command = [sys.executable, "-m", "infer.compile", "--model", str(tiny[128]), "--length", "256", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=CONFIGS.parent)
+    def start(*more):
+        command = [sys.executable, "-m", "infer.compile", "--model", str(tiny[128]), "--length", "256", "--json", *more]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=CONFIGS.parent)
+
+    done = start()
     assert len(done.stdout.splitlines()) == 1
     assert json.loads(done.stdout)["fits"]
     assert "TPU_ACCELERATOR_TYPE" not in done.stderr
-    failed = subprocess.run([*command, "--topology", "v5x:1x1"], capture_output=True, text=True, check=False, cwd=CONFIGS.parent)
+    failed = start("--topology", "v5x:1x1")
     assert failed.returncode == 1 and failed.stderr.splitlines()[-1].startswith("error: libtpu knows no slice")
