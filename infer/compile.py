@@ -291,7 +291,7 @@ class Check:
         return total
 
     def run(self) -> dict[str, Any]:
-        """Everything that the program prints."""
+        """Everything that the program prints; bytes, FLOPs and collectives are those of one chip."""
         cfg, chips = self.config, self.mesh.size
         with contextlib.nullcontext() if chips == 1 else jax.set_mesh(self.mesh):
             prefill = build(self.prefill(cfg))
@@ -328,9 +328,9 @@ class Check:
         try:
             text = compiled.as_text()
         except jax.errors.JaxRuntimeError as error:
-            raise ValueError(f"libtpu {importlib.metadata.version('libtpu')} compiled a program that jaxlib "
-                             f"{importlib.metadata.version('jaxlib')} cannot read: they do not belong together, and pip install "
-                             "'jax[tpu]' installs a pair that does") from error
+            versions = {name: importlib.metadata.version(name) for name in ("libtpu", "jaxlib")}
+            raise ValueError(f"jaxlib {versions['jaxlib']} cannot read what libtpu {versions['libtpu']} compiled: they do not "
+                             "belong together; pip install 'jax[tpu]' gives a pair that does") from error
         module = hlo.Module(text)
         body = module.loop()
         leaves = jax.tree.leaves(state.cache.layers)
@@ -350,10 +350,8 @@ class Check:
         }
 
 
-def size(count: float | None) -> str:
+def size(count: float) -> str:
     """Bytes for people."""
-    if count is None:
-        return "unknown"
     unit = "GiB" if abs(count) >= 1 << 28 else "MiB"
     return f"{count / (1 << (30 if unit == 'GiB' else 20)):,.2f} {unit}"
 
@@ -366,8 +364,8 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "cache a chip", size(result["cache_bytes"])
     for name in ("prefill", "decode"):
         one = result[name]
-        yield f"{name} a chip", (f"{size(one['needed_bytes'])} in all, {size(one['temporary_bytes'])} of it temporary, "
-                                 f"compiled in {one['compile_s']:.1f} s")
+        temporary = f"{size(one['temporary_bytes'])} of it temporary" if one["fits"] else "which does not fit"
+        yield f"{name} a chip", f"{size(one['needed_bytes'])} in all, {temporary}; compiled in {one['compile_s']:.1f} s"
     if "bytes_per_step" in result:
         for name, unit, scale in (("bytes", "GB", 1e9), ("flops", "GFLOP", 1e9)):
             took, least = result[f"{name}_per_step"], result[f"minimum_{name}_per_step"]
@@ -388,8 +386,9 @@ def main(arguments: Arguments) -> None:
     with console.status(f"compiling for {arguments.topology}"):
         result = check.run()
     split = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items()) or "one chip"
-    table = Table(title=f"{arguments.model} on {arguments.topology} ({split}), {result['weights']}, batch {result['batch']}, "
-                        f"{result['length']} tokens, prompts of {result['prompt']}", show_header=False, title_justify="left")
+    title = (f"{arguments.model} on {arguments.topology} ({split}), {result['weights']}, batch {result['batch']}, "
+             f"{result['length']} tokens, prompts padded to {result['prompt']}")
+    table = Table(title=title, show_header=False, title_justify="left")
     for row in rows(result):
         table.add_row(*row)
     console.print(table)

@@ -4,6 +4,7 @@ python -m infer.demo
 """
 
 import time
+from functools import partial
 
 import tyro
 
@@ -26,11 +27,10 @@ def main(prompt: str = "Why is the sky blue? Answer in three sentences.", max_ne
     model = jaxlm.load(path)
     loaded = time.perf_counter()
     console.print(f"[dim]fetched in {fetched - began:.1f} s, loaded in {loaded - fetched:.1f} s: {path.name}[/dim]")
-    console.print(f"[bold]{prompt}[/bold]")
+    console.print(prompt, style="bold", markup=False, emoji=False)
     arguments = generate.Arguments(model=str(path), max_new_tokens=max_new_tokens)
     tokens = generate.ask(model.tokenizer, [{"role": "user", "content": prompt}])
-    result = generate.answer(model, tokens, arguments,
-                             lambda piece: console.print(piece, end="", markup=False, soft_wrap=True))
+    result = generate.answer(model, tokens, arguments, partial(session.show, console))
     console.print(f"\n[dim]{generate.statistics(result)}[/dim]")
 
 

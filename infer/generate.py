@@ -6,6 +6,7 @@ python -m infer.generate --model PATH --prompt "What is the capital of France?" 
 import dataclasses
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
@@ -100,8 +101,11 @@ def converse(model: jaxlm.Model, arguments: Arguments, console: Any) -> None:
         if not text.strip():
             return
         messages.append({"role": "user", "content": text})
-        result = answer(model, ask(model.tokenizer, messages), arguments,
-                        lambda piece: console.print(piece, end="", markup=False, soft_wrap=True))
+        prompt = ask(model.tokenizer, messages)
+        if len(prompt) >= model.config.length:
+            console.print(f"[dim]the conversation has reached the model's context of {model.config.length} tokens[/dim]")
+            return
+        result = answer(model, prompt, arguments, partial(session.show, console))
         messages.append({"role": "assistant", "content": result.text[0]})
         console.print(f"\n[dim]{statistics(result)}[/dim]")
 
@@ -110,8 +114,8 @@ def main(arguments: Arguments) -> None:
     """Loads the model and generates."""
     session.cache_compilations()
     console = session.console(arguments.json)
-    if arguments.chat and arguments.json:
-        raise ValueError("--chat and --json do not go together")
+    if arguments.chat and (arguments.json or arguments.raw or arguments.prompt is not None):
+        raise ValueError("--chat asks for its prompts, so it goes with none of --prompt, --raw and --json")
     with console.status(f"loading {arguments.model}"):
         model = jaxlm.load(arguments.model, dtype=None if arguments.dtype is None else jnp.dtype(arguments.dtype))
     if model.tokenizer is None:
@@ -127,7 +131,7 @@ def main(arguments: Arguments) -> None:
         raise ValueError("--system needs a model with a chat template, and no --raw")
     else:
         prompt = model.tokenizer.encode(text)
-    result = answer(model, prompt, arguments, lambda piece: console.print(piece, end="", markup=False, soft_wrap=True))
+    result = answer(model, prompt, arguments, partial(session.show, console))
     console.print(f"\n[dim]{statistics(result)}[/dim]")
     session.finish({
         "tokens": result.tokens[0].tolist(), "text": result.text[0], "finish": result.finish[0],

@@ -42,21 +42,34 @@ def main(model: str, text: pathlib.Path, window: int | None = None, stride: int 
     if not 1 <= stride <= window <= loaded.config.length or window < 2:
         raise ValueError(f"it must hold that 1 <= stride ({stride}) <= window ({window}) <= the context "
                          f"({loaded.config.length}), and window >= 2")
-    tokens = loaded.tokenizer.encode(content, parse_special=False)[:limit]
+    if batch < 1 or (limit is not None and limit < 2):
+        raise ValueError(f"batch must be at least 1 and limit at least 2, got {batch} and {limit}")
+    tokenizer = loaded.tokenizer
+    tokens = tokenizer.encode(content, add_special=False, parse_special=False)[:limit]
     if len(tokens) < 2:
         raise ValueError(f"{text} has {len(tokens)} tokens; a score needs two")
+    # A model that was trained with BOS in front sees it in front of every window; it is neither scored nor counted.
+    first = [tokenizer.bos_id] if tokenizer.encode("a")[:1] == [tokenizer.bos_id] else []
+    if stride + len(first) > window:
+        stride = window - len(first)
     began = time.perf_counter()
-    starts = [start for start in range(0, len(tokens) - 1, stride) if start == 0 or start + window - stride < len(tokens)]
+    # Each token is scored once, in the first window that holds it with something before it.
+    windows, done = [], 1 - len(first)
+    for start in range(0, len(tokens), stride):
+        some = tokens[start:start + window - len(first)]
+        fresh = start + len(some) - max(done, start + 1 - len(first))
+        if fresh > 0:
+            windows.append((first + some, fresh))
+            done = start + len(some)
     nats, scored = 0.0, 0
-    for first in range(0, len(starts), batch):
-        some = starts[first:first + batch]
-        for start, scores in zip(some, jaxlm.score(loaded, [tokens[s:s + window] for s in some]), strict=True):
-            fresh = scores[1 if start == 0 or stride == window else window - stride:]
-            nats -= float(fresh.astype("float64").sum())
-            scored += len(fresh)
+    for place in range(0, len(windows), batch):
+        group = windows[place:place + batch]
+        for (_, fresh), scores in zip(group, jaxlm.score(loaded, [some for some, _ in group]), strict=True):
+            nats -= float(scores[-fresh:].astype("float64").sum())
+            scored += fresh
     seconds = time.perf_counter() - began
     # Bytes of the tokens read: with a limit, those of the text that they are.
-    size = len(content.encode()) if limit is None else len(loaded.tokenizer.decode(tokens).encode())
+    size = len(content.encode()) if limit is None else len(tokenizer.decode(tokens).encode())
     result = {
         "tokens": len(tokens), "scored": scored, "bytes": size, "nats_per_token": nats / scored,
         "bits_per_byte": nats / scored * len(tokens) / size / math.log(2), "perplexity": math.exp(nats / scored),

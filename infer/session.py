@@ -17,7 +17,9 @@ def errors() -> Iterator[None]:
     """Ends the program with one line on standard error, where the user's input was wrong."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise  # jax's own: a traceback helps more there
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -33,7 +35,13 @@ def cache_compilations() -> None:
 
 def console(as_json: bool) -> Console:
     """Where a program prints for people: standard output, or standard error when JSON has that."""
-    return Console(stderr=as_json, highlight=False)
+    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+
+def show(console: Console, text: str) -> None:
+    """Prints a piece of a model's text as it is: rich would replace emoji codes and tabs."""
+    console.file.write(text)
+    console.file.flush()
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:

@@ -55,14 +55,15 @@ def unstack(params: PyTree, cfg: config.Decoder) -> PyTree:
     return {"decoder": tree | {"blocks": stack.unstack(tree["blocks"], cfg.stack)}}
 
 
-def check_tokens(tokens: Any, vocabulary: int) -> None:
+def check_tokens(tokens: Any, vocabulary: int, positions: Any = None) -> None:
     """Raises:
-      ValueError: for the first token id that is not 0 to vocabulary - 1; names it and its place. Tracers are not checked.
+      ValueError: for the first token id that is not 0 to vocabulary - 1 where there is a token (its position is not -1); names
+        it and its place. Tracers are not checked: inside `jax.jit` such an id reads the nearest row.
     """
-    if isinstance(tokens, jax.core.Tracer):
+    if isinstance(tokens, jax.core.Tracer) or isinstance(positions, jax.core.Tracer):
         return
     tokens = np.asarray(tokens)
-    bad = np.argwhere((tokens < 0) | (tokens >= vocabulary))
+    bad = np.argwhere(((tokens < 0) | (tokens >= vocabulary)) & (True if positions is None else np.asarray(positions) >= 0))
     if len(bad):
         place = tuple(int(i) for i in bad[0])
         raise ValueError(f"token id {int(tokens[place])} at {place} is out of range: the vocabulary has {vocabulary}, "
@@ -93,8 +94,8 @@ def forward(params: PyTree, cfg: config.Decoder, tokens: Int[Array, "B T"] | Non
       remat: see `jaxlm.stack.apply`.
 
     Raises:
-      ValueError: when not exactly one of tokens and embeddings is given, for shapes that do not fit, layers that do not
-        exist, or segments together with a cache.
+      ValueError: for token ids out of range (outside `jax.jit`), when not exactly one of tokens and embeddings is given, for
+        shapes that do not fit, layers that do not exist, or segments together with a cache.
 
     Example:
       >>> import jaxlm.params
@@ -107,7 +108,9 @@ def forward(params: PyTree, cfg: config.Decoder, tokens: Int[Array, "B T"] | Non
     params = params["decoder"]
     if (tokens is None) == (embeddings is None):
         raise ValueError("forward takes either tokens or embeddings")
-    given = tokens if embeddings is None else embeddings
+    given = jnp.asarray(tokens if embeddings is None else embeddings)
+    if embeddings is None:
+        tokens = given
     if given.ndim != (2 if embeddings is None else 3):
         raise ValueError(f"tokens must be [B, T] and embeddings [B, T, {cfg.width}], got shape {given.shape}")
     batch, width = given.shape[:2]
@@ -122,6 +125,12 @@ def forward(params: PyTree, cfg: config.Decoder, tokens: Int[Array, "B T"] | Non
             raise ValueError(f"{name} must be {shape}, got {array.shape}")
     if mask is not None and (mask.shape not in ((batch, width, width), (1, width, width)) or mask.dtype != bool):
         raise ValueError(f"mask must be bool [{batch} or 1, {width}, {width}], got {mask.dtype} {mask.shape}")
+    if embeddings is None:
+        check_tokens(tokens, cfg.embedding.vocabulary, positions)
+    learned = cfg.embedding.position
+    if learned is not None and positions is not None and not isinstance(positions, jax.core.Tracer):
+        if np.max(positions) >= learned.length - learned.offset:
+            raise ValueError(f"position {int(np.max(positions))} is beyond the {learned.length - learned.offset} learned ones")
     wrong = [tap for tap in hidden if not 0 <= tap <= cfg.stack.layers]
     if wrong:
         raise ValueError(f"hidden layer {wrong[0]} does not exist: 0 (embeddings) to {cfg.stack.layers}")
@@ -168,7 +177,18 @@ class Model:
     @functools.cached_property
     def ready(self) -> PyTree:
         """The weights as generation wants them: layer by layer (the same memory) on one CPU device, else as they are."""
-        devices = jax.tree.leaves(self.params)[0].devices()
+        weights = jax.tree.map(jnp.asarray, self.params)  # NumPy arrays may stand in for weights
+        devices = jax.tree.leaves(weights)[0].devices()
         if len(devices) == 1 and next(iter(devices)).platform == "cpu":
-            return unstack(self.params, self.config)
-        return self.params
+            return unstack(weights, self.config)
+        return weights
+
+    @functools.cached_property
+    def compiled(self) -> set[Any]:
+        """What generation has compiled for this model: see `jaxlm.decoding.generate`."""
+        return set()
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        return (f"Model({type(self.config).__name__} of {self.config.stack.layers} layers, width {self.config.width}, "
+                f"{sum(leaf.size for leaf in leaves):,} weights in {leaves[0].dtype}, {self.tokenizer!r})")

@@ -68,6 +68,20 @@ def mesh(*, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def check(mesh: Mesh) -> None:
+    """Raises:
+      ValueError: for what is no mesh, one whose axes are not this module's, or not in Auto mode; says how to make one.
+    """
+    how = f"make it with jaxlm.sharding.mesh, of axes {', '.join(AXES)}: mesh(model=-1)"
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}; {how}")
+    unknown = [axis for axis in mesh.axis_names if axis not in AXES]
+    if unknown:
+        raise ValueError(f"the mesh has an axis {unknown[0]!r}, which no rule splits anything over; {how}")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(f"the mesh's axes are {mesh.axis_types}, and sharding here is left to the compiler (Auto); {how}")
+
+
 def partition(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int],
               rules: Rules = RULES) -> PartitionSpec:
     """Which mesh axes split each dimension. A dimension that its mesh axes do not divide stays whole.

@@ -155,11 +155,34 @@ def _per_row(name: str, value: Any, batch: int, single: type | tuple[()]) -> lis
     return value
 
 
+def _id(name: str, token: Any, vocabulary: int) -> int:
+    """A token id that the model has."""
+    try:
+        if isinstance(token, (bool, np.bool_)):
+            raise TypeError("a truth value")
+        token = operator.index(token)
+    except TypeError as error:
+        raise ValueError(f"{name} must hold token ids, whole numbers, got {token!r}") from error
+    if not 0 <= token < vocabulary:
+        raise ValueError(f"{name} holds token id {token}, out of range: 0 to {vocabulary - 1}")
+    return token
+
+
+def _several(name: str, value: Any) -> list[Any]:
+    """One id or several, as a list."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(value, (str, bytes)) or not isinstance(value, (int, Iterable)):
+        raise ValueError(f"{name} must be a token id or a list of them, got {value!r}")
+    return [value] if isinstance(value, int) else list(value)
+
+
 def _bias(logit_bias: Any, banned: Any, batch: int, vocabulary: int) -> Float[Array, "B V"] | None:
+    if logit_bias is not None and not isinstance(logit_bias, (Mapping, list, tuple)):
+        raise ValueError(f"logit_bias must be {{token id: number}}, once or once per row, got {logit_bias!r}")
     biases = _per_row("logit_bias", logit_bias, batch, Mapping)
     if not all(row is None or isinstance(row, Mapping) for row in biases):
         raise ValueError(f"logit_bias must be {{token id: number}}, once or once per row, got {logit_bias!r}")
-    bans = [banned] if isinstance(banned, (int, np.integer)) else list(() if banned is None else banned)
+    bans = [] if banned is None else _several("banned_tokens", banned)
     if all(np.ndim(ban) == 0 and ban is not None for ban in bans):
         bans = [bans] * batch
     if len(bans) != batch:
@@ -168,13 +191,12 @@ def _bias(logit_bias: Any, banned: Any, batch: int, vocabulary: int) -> Float[Ar
         return None
     bias = np.zeros((batch, vocabulary), np.float32)
     for row, (values, ban) in enumerate(zip(biases, bans, strict=True)):
-        pairs = [*(values or {}).items(), *((token, -math.inf) for token in (() if ban is None else ban))]
-        for token, value in pairs:
-            if not 0 <= int(token) < vocabulary:
-                raise ValueError(f"token id {token} in logit_bias or banned_tokens is out of range: 0 to {vocabulary - 1}")
-            if not value <= _LARGEST:
-                raise ValueError(f"logit_bias of token {token} must be at most {_LARGEST:g}, got {value}")
-            bias[row, int(token)] += value if value >= -_LARGEST else -math.inf
+        for token, value in (values or {}).items():
+            if not isinstance(value, (int, float, np.number)) or not value <= _LARGEST:
+                raise ValueError(f"logit_bias of token {token} must be a number up to {_LARGEST:g}, got {value!r}")
+            bias[row, _id("logit_bias", token, vocabulary)] += value if value >= -_LARGEST else -math.inf
+        for token in () if ban is None else _several("banned_tokens", ban):
+            bias[row, _id("banned_tokens", token, vocabulary)] = -math.inf
         if np.all(np.isneginf(bias[row])):
             raise ValueError(f"row {row} bans every token of the vocabulary")
     return jnp.asarray(bias)
@@ -187,10 +209,10 @@ def encode(model: Model, prompts: Any) -> list[list[int]]:
       ValueError: for no prompts, a prompt without tokens, one longer than the context, ids out of range, or text without a
         tokenizer; names the prompt.
     """
-    if not isinstance(prompts, Iterable):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, Mapping)):
         raise ValueError(f"prompts must be text, token ids or a list of either, got {prompts!r}")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if prompts and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0 and prompts[0] is not None:
+    if prompts and not isinstance(prompts[0], (str, Mapping)) and np.ndim(prompts[0]) == 0 and prompts[0] is not None:
         prompts = [prompts]
     if not prompts:
         raise ValueError("no prompts were given: a batch of zero rows has nothing to generate")
@@ -200,17 +222,16 @@ def encode(model: Model, prompts: Any) -> list[list[int]]:
             if model.tokenizer is None:
                 raise ValueError("the model has no tokenizer: give prompts as lists of token ids")
             prompt = model.tokenizer.encode(prompt)
-        try:
-            row = [operator.index(token) for token in prompt]
-        except TypeError as error:
-            raise ValueError(f"prompt {i} must be text or token ids, got {prompt!r}") from error
+        if isinstance(prompt, Mapping):
+            raise ValueError("prompts are text or token ids, not messages: write a conversation as text with "
+                             "model.tokenizer.chat(messages), and encode that with add_special=False")
+        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
+            raise ValueError(f"prompt {i} must be text or token ids, got {prompt!r}")
+        row = [_id(f"prompt {i}", token, model.config.embedding.vocabulary) for token in prompt]
         if not row:
             raise ValueError(f"prompt {i} is empty: it needs at least one token")
         if len(row) > model.config.length:
             raise ValueError(f"prompt {i} has {len(row)} tokens, the model's context is {model.config.length}")
-        bad = [token for token in row if not 0 <= token < model.config.embedding.vocabulary]
-        if bad:
-            raise ValueError(f"prompt {i} holds token id {bad[0]}, out of range: 0 to {model.config.embedding.vocabulary - 1}")
         rows.append(row)
     return rows
 
@@ -218,6 +239,8 @@ def encode(model: Model, prompts: Any) -> list[list[int]]:
 def row_keys(key: Any, batch: int) -> Key[Array, "B"]:
     """A key per row: given ones as they are; row i of one key or seed gets fold_in(key, i), whatever the batch."""
     if isinstance(key, (int, np.integer)):
+        if not 0 <= key < 2**32:
+            raise ValueError(f"a seed must be 0 to 2**32 - 1, got {key}")
         key = jax.random.key(int(key))
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise ValueError(f"key must be a seed or made by jax.random.key, got {key!r}")
@@ -230,7 +253,12 @@ def row_keys(key: Any, batch: int) -> Key[Array, "B"]:
 
 @functools.lru_cache(maxsize=8)
 def _automaton(stops: tuple[tuple[str, ...], ...], tokenizer: Any, vocabulary: int) -> stop.Automaton:
-    return stop.automaton(stops, tokenizer.token_bytes(), vocabulary)
+    spoken = list(tokenizer.token_bytes())
+    for string in {string for row in stops for string in row}:  # a special token has no bytes in text, unless it is asked for
+        ids = tokenizer.encode(string, add_special=False) if string else []
+        if len(ids) == 1 and not spoken[ids[0]]:
+            spoken[ids[0]] = string.encode()
+    return stop.automaton(stops, spoken, vocabulary)
 
 
 class _Job:
@@ -242,7 +270,10 @@ class _Job:
         cfg = model.config
         self.model, self.rows = model, encode(model, prompts)
         batch, vocabulary = len(self.rows), cfg.embedding.vocabulary
-        limits = np.asarray(max_new_tokens)
+        try:
+            limits = np.asarray(max_new_tokens)
+        except ValueError as error:
+            raise ValueError(f"max_new_tokens must be one number or one per row, got {max_new_tokens}") from error
         if limits.dtype.kind not in "iu" or limits.ndim > 1 or (limits.ndim and len(limits) != batch) or np.any(limits < 1):
             raise ValueError(f"max_new_tokens must be a positive integer, or one per row ({batch}), got {max_new_tokens}")
         self.limits = np.broadcast_to(limits, batch)
@@ -267,11 +298,7 @@ class _Job:
             settings = settings.replace(top_k=None, top_p=None, min_p=None, typical_p=None)
         if eos is None:
             eos = () if model.tokenizer is None else model.tokenizer.eos_ids
-        eos = (int(eos),) if isinstance(eos, (int, np.integer)) else tuple(int(token) for token in eos)
-        wrong = [token for token in eos if not 0 <= token < vocabulary]
-        if wrong:
-            raise ValueError(f"eos token id {wrong[0]} is out of range: 0 to {vocabulary - 1}")
-        self.eos = eos
+        self.eos = eos = tuple(_id("eos", token, vocabulary) for token in _several("eos", eos))
         self.stops = _stops(stop_strings, batch)
         automaton = None
         if any(self.stops):
@@ -286,7 +313,13 @@ class _Job:
             prompted = jnp.asarray(prompted)
         self.request = loop.Request(row_keys(key, batch), jnp.asarray(self.limits, jnp.int32),
                                     jnp.asarray([*eos, *[-1] * (-len(eos) % 4)], jnp.int32), settings, prompted, automaton)
-        self.logprobs, self.dtype = logprobs, dtype
+        try:
+            self.dtype = None if dtype is None else jnp.dtype(dtype)
+        except TypeError as error:
+            raise ValueError(f"dtype must be a floating-point type like jnp.bfloat16, got {dtype!r}") from error
+        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"dtype must be a floating-point type like jnp.bfloat16, got {dtype!r}")
+        self.logprobs = logprobs
 
     def run(self, segment: int | None) -> Iterator[tuple[loop.State, Seconds]]:
         """The state after the prefill, then after each segment of the loop (None: one), with the seconds spent so far."""
@@ -303,23 +336,36 @@ class _Job:
         step = Forward(cfg, self.dtype)
         params = self.model.ready
         with self.model.context():
+            arguments = (step, params, jnp.asarray(tokens), jnp.asarray(lengths), self.request, slots, capacity, self.logprobs)
+            spent = Seconds(compile=self._compile(_prefill, arguments))
             began = time.perf_counter()
-            arguments = (params, jnp.asarray(tokens), jnp.asarray(lengths), self.request)
-            prefill = _prefill.lower(step, *arguments, slots, capacity, self.logprobs).compile()
-            compiled = time.perf_counter()
-            state = jax.block_until_ready(prefill(*arguments))
-            spent = Seconds(compile=compiled - began, prefill=time.perf_counter() - compiled)
+            state = jax.block_until_ready(_prefill(*arguments))
+            spent = dataclasses.replace(spent, prefill=time.perf_counter() - began)
             yield state, spent
             steps = jnp.asarray(capacity if segment is None else segment, jnp.int32)
             while not np.all(np.asarray(state.done)):
+                arguments = (step, params, state, self.request, steps)
+                # For every segment: on a mesh the loop may give back its state split in another way than it took it.
+                spent = dataclasses.replace(spent, compile=spent.compile + self._compile(_run, arguments))
                 began = time.perf_counter()
-                # Looked up anew for every segment: on a mesh the loop may give back its state split in another way.
-                run = _run.lower(step, params, state, self.request, steps).compile()
-                compiled = time.perf_counter()
-                state = jax.block_until_ready(run(params, state, self.request, steps))
-                spent = dataclasses.replace(spent, compile=spent.compile + compiled - began,
-                                            decode=spent.decode + time.perf_counter() - compiled)
+                state = jax.block_until_ready(_run(*arguments))
+                spent = dataclasses.replace(spent, decode=spent.decode + time.perf_counter() - began)
                 yield state, spent
+
+    def _compile(self, program: Any, arguments: tuple[Any, ...]) -> float:
+        """Seconds to compile the program for these arguments: 0 where this model's has been, with nothing looked up."""
+        def look(leaf: Any) -> Any:
+            return (leaf.shape, leaf.dtype, leaf.sharding) if isinstance(leaf, jax.Array) else leaf
+
+        step, params, *rest = arguments
+        leaves, tree = jax.tree.flatten(rest)
+        key = (program, step, tree, *map(look, leaves))
+        if key in self.model.compiled:
+            return 0.0
+        began = time.perf_counter()
+        program.lower(*arguments).compile()
+        self.model.compiled.add(key)
+        return time.perf_counter() - began
 
     def check(self, state: loop.State) -> None:
         bad = np.flatnonzero(~np.asarray(state.finite))

@@ -13,7 +13,7 @@ from jaxlm.decoding.generate import Forward, bucket, encode
 from jaxlm.layers import embed
 from jaxlm.model import Model
 
-CHUNK = 128  # positions whose logits exist at once
+CHUNK = 128  # tokens, of all rows together, whose logits exist at once
 
 
 @partial(jax.jit, static_argnames=("step",))
@@ -31,10 +31,13 @@ def _score(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: In
         return jnp.take_along_axis(logp, following[..., None], axis=-1)[..., 0]
 
     following = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
-    pad = -tokens.shape[1] % CHUNK
+    size = max(1, CHUNK // tokens.shape[0])
+    pad = -tokens.shape[1] % size
     x = jnp.pad(out.last, ((0, 0), (0, pad), (0, 0)))
+
     def split(y: Array) -> Array:
-        return jnp.moveaxis(y.reshape(y.shape[0], -1, CHUNK, *y.shape[2:]), 1, 0)
+        return jnp.moveaxis(y.reshape(y.shape[0], -1, size, *y.shape[2:]), 1, 0)
+
     scores = jax.lax.map(chunk, (split(x), split(jnp.pad(following, ((0, 0), (0, pad))))))
     return jnp.moveaxis(scores, 0, 1).reshape(tokens.shape[0], -1)[:, :tokens.shape[1]]
 

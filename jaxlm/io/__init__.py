@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxlm import sharding
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.io import assemble, families
 from jaxlm.io.gguf import GgufSource
@@ -46,6 +47,10 @@ def load(path: str | os.PathLike[str], dtype: Any = None, mesh: Mesh | None = No
       >>> load("checkpoints/smollm2").config.width  # doctest: +SKIP
       576
     """
+    if mesh is not None:
+        sharding.check(mesh)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating-point type like jnp.bfloat16, got {dtype!r}")
     found = _find(path)
     source = GgufSource(found) if found.is_file() else HuggingFaceSource(found)
     cfg = families.read(source.config)
@@ -63,7 +68,7 @@ def load(path: str | os.PathLike[str], dtype: Any = None, mesh: Mesh | None = No
 
 def _find(path: str | os.PathLike[str]) -> pathlib.Path:
     """The directory, or the GGUF file."""
-    place = pathlib.Path(path)
+    place = pathlib.Path(path).expanduser()
     if place.is_file():
         if place.suffix != ".gguf":
             raise ValueError(f"{place} is not a GGUF file; give the directory that holds {CONFIG}, or a file named *.gguf")

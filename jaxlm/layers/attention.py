@@ -116,29 +116,35 @@ def apply(params: dict[str, Any], cfg: config.Attention, x: Float[Array, "B T D"
     new = KeyValue(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
     sinks = params["sinks"] if cfg.sinks else None
 
-    def run(q: Array, queries: Array, among: Array) -> Array:
-        parts = [(new, among, context.positions)]
+    def run(q: Array, positions: Array, segments: Array | None, rows: Array | None) -> Array:
+        queries = context.replace(positions=positions, segments=segments, mask=rows)
+        parts = [(new, mask.among(cfg, context, queries), context.positions)]
         if cached is not None:
             slots = cached.k.shape[-2]
-            allowed = mask.committed(cfg, context.replace(positions=queries), slots)
             slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], (q.shape[0], slots))
-            parts.insert(0, (cached, allowed, slot))
-        return _attend(cfg, sinks, q, queries, parts)
+            parts.insert(0, (cached, mask.committed(cfg, queries, slots), slot))
+        return _attend(cfg, sinks, q, positions, parts)
 
-    among, length = mask.among(cfg, context), x.shape[1]
+    given, length = (q, context.positions, context.segments, context.mask), x.shape[1]
+    axes = (3, 1, 1, 1)  # along which the queries lie
     if length <= QUERIES:
-        out = run(q, context.positions, among)
+        out = run(*given)
     else:
         whole = length // QUERIES * QUERIES
 
-        def split(y: Array, axis: int) -> Array:
+        def split(y: Array | None, axis: int) -> Array | None:
+            if y is None:
+                return None
             y = jax.lax.slice_in_dim(y, 0, whole, axis=axis)
             return jnp.moveaxis(y.reshape(*y.shape[:axis], -1, QUERIES, *y.shape[axis + 1:]), axis, 0)
 
-        runs = jax.lax.map(lambda args: run(*args), (split(q, 3), split(context.positions, 1), split(among, 1)))
+        def rest(y: Array | None, axis: int) -> Array | None:
+            return None if y is None else jax.lax.slice_in_dim(y, whole, length, axis=axis)
+
+        runs = jax.lax.map(lambda args: run(*args), tuple(map(split, given, axes)))
         out = jnp.moveaxis(runs, 0, 3).reshape(*q.shape[:3], whole, q.shape[4])
         if whole < length:
-            out = jnp.concatenate([out, run(q[:, :, :, whole:], context.positions[:, whole:], among[:, whole:])], axis=3)
+            out = jnp.concatenate([out, run(*map(rest, given, axes))], axis=3)
     out = out.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], cfg.heads, cfg.head_width)
     out = einsum("BTNH,NHD->BTD", out, params["o"])
     if cfg.out_bias:

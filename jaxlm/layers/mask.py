@@ -56,19 +56,19 @@ def describe(layers: Iterable[config.Attention], batch: int, width: int, positio
     return Context(positions, segments, mask, length, position.rotations(layers, positions, reach))
 
 
-def among(cfg: config.Attention, context: Context) -> Bool[Array, "B T T"]:
-    """Which of the T tokens each of them may see."""
-    positions = context.positions
-    query, key = positions[:, :, None], positions[:, None, :]
+def among(cfg: config.Attention, context: Context, queries: Context | None = None) -> Bool[Array, "B Q T"]:
+    """Which of the T tokens each of them may see; with `queries`, each of a run of Q of them."""
+    queries = context if queries is None else queries
+    query, key = queries.positions[:, :, None], context.positions[:, None, :]
     allowed = (key >= 0) & (query >= 0)
     if context.mask is not None:
-        allowed = allowed & context.mask
+        allowed = allowed & queries.mask
     elif cfg.causal:
         allowed = allowed & (key <= query)
     if cfg.window is not None:
         allowed = allowed & (query - key < cfg.window) & (key - query < cfg.window)
     if context.segments is not None:
-        allowed = allowed & (context.segments[:, :, None] == context.segments[:, None, :])
+        allowed = allowed & (queries.segments[:, :, None] == context.segments[:, None, :])
     return allowed
 
 

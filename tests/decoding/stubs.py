@@ -25,7 +25,9 @@ class Bytes:
     def __init__(self, words=None):
         self.table = [(words or {}).get(i, bytes([i]) if i < 256 else b"") for i in range(self.size)]
 
-    def encode(self, text):
+    def encode(self, text, add_special=True):
+        if not add_special:
+            return list(text.encode())
         return [BOS, *text.encode()] if text else []
 
     def token_bytes(self):

@@ -189,12 +189,15 @@ def test_8_bit_weights_equal_the_same_weights_written_out():
 def test_bfloat16():
     lm = stubs.random("alibi")
     half = Model(lm.config, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.params), lm.tokenizer)
-    out = generate(half, PROMPTS, NEW, **MIXED, logprobs=True)
-    texts = [prompt + row.tolist() for prompt, row in zip(encoded(), out.tokens, strict=True)]
-    for row, (prompt, same, full) in enumerate(zip(encoded(), score(half, texts), score(lm, texts), strict=True)):
-        np.testing.assert_allclose(out.logprobs[row], same[len(prompt):], atol=0.15)
-        np.testing.assert_allclose(out.logprobs[row], full[len(prompt):], atol=0.3)
-        assert np.any(np.abs(out.logprobs[row] - full[len(prompt):]) > 1e-3)
+    for stored, dtype in ((half, None), (lm, jnp.bfloat16)):
+        out = generate(stored, PROMPTS, NEW, **MIXED, logprobs=True, dtype=dtype)
+        texts = [prompt + row.tolist() for prompt, row in zip(encoded(), out.tokens, strict=True)]
+        rounded, exact = score(stored, texts, dtype=dtype), score(lm, texts)
+        for row, prompt in enumerate(encoded()):
+            np.testing.assert_allclose(out.logprobs[row], rounded[row][len(prompt):], atol=0.15)
+            for scores in (out.logprobs[row], rounded[row][len(prompt):]):
+                np.testing.assert_allclose(scores, exact[row][len(prompt):], atol=0.3)
+                assert np.any(np.abs(scores - exact[row][len(prompt):]) > 1e-3)
 
 
 @pytest.mark.parametrize(("stored", "dtype"), [("float32", None), ("bfloat16", None), ("float32", "bfloat16"),
@@ -400,7 +403,8 @@ def test_penalties_see_prompt_and_output_as_documented():
     logits[:, 97], logits[:, 98], logits[:, 99] = 3.0, 2.5, 2.2
     lm = stubs.with_logits(logits, stubs.Bytes())
     # 3 / 1.4 is below 2.2, and 2.2 / 1.4 below 2.5 / 1.4 below 3 / 1.4.
-    out = generate(lm, ["a", "b", "x"], 4, repetition_penalty=1.4, presence_penalty=[1e-6, 0, 0], frequency_penalty=[1e-6, 0, 0])
+    nearly_off = [1e-6, 0, 0]
+    out = generate(lm, ["a", "b", "x"], 4, repetition_penalty=1.4, presence_penalty=nearly_off, frequency_penalty=nearly_off)
     assert out.text == ["bcaa", "acaa", "abca"]
     out = generate(lm, ["b", "b", "b"], 6, repetition_penalty=[1.4, 1, 1], presence_penalty=[0, 1.0, 0],
                    frequency_penalty=[0, 0, 0.3])
@@ -463,7 +467,7 @@ def weak():
     ({"max_new_tokens": [4, 80]}, "80 new ones"),
     ({"prompts": [[1], [2, 260]]}, "prompt 1 holds token id 260, out of range: 0 to 259"),
     ({"prompts": [[-1], [2]]}, "prompt 0 holds token id -1"),
-    ({"prompts": [[1.5], [2]]}, "prompt 0 must be text or token ids"),
+    ({"prompts": [[1.5], [2]]}, "prompt 0 must hold token ids, whole numbers, got 1.5"),
     ({"prompts": [None, [2]]}, "prompt 0 must be text or token ids"),
     ({"prompts": None}, "prompts must be"),
     ({"max_new_tokens": 0}, "max_new_tokens must be a positive integer"),
@@ -500,13 +504,13 @@ def weak():
     ({"presence_penalty": np.inf}, "presence_penalty must be in .* got inf"),
     ({"frequency_penalty": np.nan}, "frequency_penalty must be in .* got nan"),
     ({"frequency_penalty": [0.0] * 5}, "frequency_penalty must be one number or one per row"),
-    ({"logit_bias": {260: 1.0}}, "token id 260 in logit_bias or banned_tokens is out of range: 0 to 259"),
-    ({"logit_bias": {3: np.nan}}, r"logit_bias of token 3 must be at most 1e\+30, got nan"),
+    ({"logit_bias": {260: 1.0}}, "logit_bias holds token id 260, out of range: 0 to 259"),
+    ({"logit_bias": {3: np.nan}}, r"logit_bias of token 3 must be a number up to 1e\+30, got nan"),
     ({"logit_bias": {3: np.inf}}, "logit_bias of token 3"),
     ({"logit_bias": {3: 1e39}}, "logit_bias of token 3"),
     ({"logit_bias": [{3: 1.0}]}, r"logit_bias must be given once or once per row \(2\)"),
     ({"logit_bias": [(3, 1.0), (4, 1.0)]}, "logit_bias must be"),
-    ({"banned_tokens": [-1]}, "token id -1 in logit_bias or banned_tokens"),
+    ({"banned_tokens": [-1]}, "banned_tokens holds token id -1"),
     ({"banned_tokens": [[1], [2], [3]]}, r"banned_tokens must be one list of ids or one per row \(2\)"),
     ({"banned_tokens": range(260)}, "row 0 bans every token"),
     ({"banned_tokens": [[], range(259)], "logit_bias": {259: -np.inf}}, "row 1 bans every token"),
@@ -515,8 +519,8 @@ def weak():
     ({"stop_strings": [["a"], ["b"], ["c"]]}, r"stop_strings must be given once or once per row \(2\)"),
     ({"stop_strings": [["a"], [3]]}, "stop_strings must be"),
     ({"stop_strings": 3}, "stop_strings must be"),
-    ({"eos": 260}, "eos token id 260 is out of range"),
-    ({"eos": [1, -1]}, "eos token id -1 is out of range"),
+    ({"eos": 260}, "eos holds token id 260, out of range"),
+    ({"eos": [1, -1]}, "eos holds token id -1, out of range"),
     ({"key": "abc"}, "key must be a seed or made by jax.random.key, got 'abc'"),
     ({"key": None}, "key must be a seed .* got None"),
     ({"key": 1.5}, "key must be a seed .* got 1.5"),
@@ -524,7 +528,26 @@ def weak():
     ({"key": lambda: jax.random.split(jax.random.key(0), 3)}, r"one key or one per row \(2\), got \(3,\)"),
     ({"key": lambda: jax.random.split(jax.random.key(0), (2, 2))}, r"one key or one per row \(2\)"),
     ({"segment": 0, "on_text": print}, "segment must be at least 1"),
-], ids=str)
+    ({"eos": 2.5}, "eos must be a token id or a list of them, got 2.5"),
+    ({"eos": "</s>"}, "eos must be a token id or a list of them, got '</s>'"),
+    ({"eos": [1.7]}, "eos must hold token ids, whole numbers, got 1.7"),
+    ({"eos": [None]}, "eos must hold token ids, whole numbers, got None"),
+    ({"banned_tokens": [1.5]}, "banned_tokens must hold token ids, whole numbers, got 1.5"),
+    ({"banned_tokens": "abc"}, "banned_tokens must be a token id or a list of them, got 'abc'"),
+    ({"logit_bias": {1.5: 1}}, "logit_bias must hold token ids, whole numbers, got 1.5"),
+    ({"logit_bias": {"a": 1}}, "logit_bias must hold token ids, whole numbers, got 'a'"),
+    ({"logit_bias": {1: "x"}}, "logit_bias of token 1 must be a number"),
+    ({"logit_bias": {1: None}}, "logit_bias of token 1 must be a number"),
+    ({"logit_bias": 5}, "logit_bias must be {token id: number}"),
+    ({"max_new_tokens": [[1, 2], [3]]}, "max_new_tokens must be one number or one per row"),
+    ({"dtype": "foo"}, "dtype must be a floating-point type"),
+    ({"dtype": int}, "dtype must be a floating-point type"),
+    ({"prompts": b"hello"}, "prompts must be text, token ids or a list of either"),
+    ({"prompts": [True, False]}, "must hold token ids, whole numbers, got True"),
+    ({"prompts": [{"role": "user", "content": "hi"}]}, "model.tokenizer.chat"),
+    ({"key": 2**32}, "a seed must be 0 to"),
+    ({"key": -1}, "a seed must be 0 to"),
+], ids=lambda value: str(list(value)[0]) if isinstance(value, dict) else "")
 def test_bad_input_is_named(arguments, message):
     arguments = {name: value() if getattr(value, "__name__", "") == "<lambda>" else value for name, value in arguments.items()}
     with pytest.raises(ValueError, match=message):

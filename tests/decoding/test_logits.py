@@ -214,6 +214,9 @@ def test_reaching(scores, mass, target):
     ([-np.inf, 1.0, -np.inf], [0.25, 0.5, 0.25], 0.5, [0, 1, 0]),
     ([-np.inf, 1.0, -np.inf], [0.25, 0.5, 0.25], 0.75, [1, 1, 1]),
     ([np.inf, 1.0, -1.0], [0.5, 0.25, 0.25], 0.5, [1, 0, 0]),
+    ([1.0, np.nextafter(np.float32(1), np.float32(2)), np.nextafter(np.float32(1), np.float32(0))], [0.25, 0.5, 0.25], 0.5,
+     [0, 1, 0]),
+    ([-1.0, np.nextafter(np.float32(-1), np.float32(-2)), -2.0], [0.25, 0.5, 0.25], 0.25, [1, 0, 0]),
 ], ids=lambda value: str(value))
 def test_reaching_at_the_edges(scores, mass, target, want):
     out = fast[reaching](*(jnp.array([x], jnp.float32) for x in (scores, mass)), jnp.array([target], jnp.float32))

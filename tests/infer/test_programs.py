@@ -136,7 +136,7 @@ def test_perplexity_is_the_mean_of_scores(directory, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (("--chat", "--json"), "do not go together"),
+    (("--chat", "--json"), "goes with none"),
     (("--prompt", "ab", "--raw", "--system", "s"), "--system needs"),
     (("--prompt", "a" * 200, "--raw"), "context is 128"),
     (("--prompt", "", "--raw"), "empty"),
