@@ -32,7 +32,7 @@ def restrict(logits, temperature=0.0, top_k=None, top_p=1.0, min_p=0.0, typical_
     if temperature > 0:
         logits = logits / temperature
     if top_k is not None:
-        logits[logits < sorted(logits)[-top_k]] = -np.inf
+        logits[logits < sorted(logits)[-min(top_k, len(logits))]] = -np.inf
     if top_p < 1:
         logits[logits < smallest(logits, softmax(logits), top_p)] = -np.inf
     if min_p > 0:

@@ -90,7 +90,7 @@ def test_greedy_equals_float64():
     assert greedy.tokens[0].tolist() == plain("rope").tokens[0].tolist()
 
 
-EVERYTHING = {"temperature": [0.3, 0.0, 0.7], "top_k": [260, 5, 40], "top_p": [0.9, 0.3, 1.0], "min_p": [0.0, 0.1, 0.02],
+EVERYTHING = {"temperature": [0.3, 0.0, 0.7], "top_k": [1000, 5, 40], "top_p": [0.9, 0.3, 1.0], "min_p": [0.0, 0.1, 0.02],
               "typical_p": [1.0, 0.5, 0.8], "repetition": [1.3, 1.1, 0.9], "presence": [0.2, 0.0, -0.4],
               "frequency": [0.0, 0.5, 0.1]}
 
@@ -377,6 +377,14 @@ def test_a_real_tokenizer():
         assert (out.text, out.finish) == ([want], [finish])
         assert "".join(piece for [piece] in pieces) == want
         assert len(prompt) == 1 and (finish != "eos" or out.tokens[0].tolist() == script)
+    # A special token has no text, but stops where its name is a stop string.
+    script = [*tokenizer.encode("hell"), end, symbols.index("x")]
+    table = np.zeros((stubs.LENGTH, size))
+    table[np.arange(len(script)), script] = 50
+    lm, pieces = stubs.with_logits(table, tokenizer), []
+    out = generate(lm, ["hell"] * 2, len(script), stop_strings=[["<end>"], ["x"]], eos=(), on_text=pieces.append, segment=1)
+    assert (out.text, out.finish) == (["hell", "hell"], ["stop", "stop"]) and lists(out.tokens) == [script[:-1], script]
+    assert ["".join(row) for row in zip(*pieces, strict=True)] == out.text
 
 
 def test_banned_and_biased_tokens():
@@ -417,11 +425,11 @@ def test_a_bucket_of_lengths_is_compiled_once(compilations):
     lm = stubs.random("learned")
     def go(lengths, new, **arguments):
         return generate(lm, [list(range(n)) for n in lengths], new, **arguments)
-    go([3, 5, 1], 9, temperature=0.5)
+    assert go([3, 5, 1], 9, temperature=0.5).seconds.compile > 0
     with compilations() as names:
         for lengths, new in (([16, 1, 2], 16), ([7, 7, 7], [1, 2, 3]), ([1, 1, 1], 2)):
             out = go(lengths, new, temperature=[0.1, 0.9, 0.0], key=3, eos=[1, 2, 3])
-            assert out.seconds.compile < 0.5
+            assert out.seconds.compile == 0
         go([2, 9, 4], 12, temperature=0.3, on_text=lambda pieces: None, segment=2)
     assert not [name for name in names if "prefill" in name or "run" in name], names
     with compilations() as names:
