@@ -1,6 +1,6 @@
 # Everything lives in .venv, which needs nothing but Python 3.11 (or newer) and pip.
 #   make demo          a real model answers a prompt
-#   make test          the suite: minutes, no PyTorch      make test-all      with the slow tests and real weights
+#   make test          the suite: minutes, no PyTorch      make test-all      with the slow tests and SmolLM2
 #   make test-parity   against transformers, live          make lint          ruff and the direction of imports
 #   make install       only sets up .venv                  make clean         removes all that was made here
 # PYTHON picks the interpreter, PYTEST_ARGS adds to pytest's arguments (PYTEST_ARGS="-x -n0 -k cache").

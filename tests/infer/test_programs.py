@@ -13,7 +13,7 @@ import pytest
 import tyro
 
 import jaxlm
-from infer import convert, generate, perplexity, session
+from infer import assets, convert, demo, generate, perplexity, session
 from jaxlm import config, model, params
 from jaxlm.data.tokenizer import Tokenizer
 
@@ -21,13 +21,15 @@ TEMPLATE = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
             "{% if add_generation_prompt %}<assistant>{% endif %}")
 
 
+FIELDS = {
+    "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": [],
+    "tokenizer.ggml.tokens": [*map(chr, range(33, 127)), "Ġ", "Ċ", "<end>"], "tokenizer.ggml.token_type": [1] * 96 + [3],
+    "tokenizer.ggml.eos_token_id": 96, "tokenizer.chat_template": TEMPLATE}
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    letters = [chr(code) for code in range(33, 127)]
-    tokenizer = Tokenizer.from_gguf({
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": [],
-        "tokenizer.ggml.tokens": [*letters, "Ġ", "Ċ", "<end>"], "tokenizer.ggml.token_type": [1] * 96 + [3],
-        "tokenizer.ggml.eos_token_id": 96, "tokenizer.chat_template": TEMPLATE})
+    tokenizer = Tokenizer.from_gguf(FIELDS)
     block = config.Block(config.Attention(2, 1, 8), config.Dense(24), config.PreNorm(config.RmsNorm()))
     cfg = config.Decoder(16, config.Embedding(97), config.stack_of([block] * 2), config.RmsNorm(), config.Head(True), 128)
     weights = params.init(model.spec(cfg), jax.random.key(0))
@@ -135,7 +137,38 @@ def test_perplexity_is_the_mean_of_scores(directory, tmp_path):
         run(perplexity, "--model", str(directory), "--text", str(text), "--window", "8", "--stride", "9")
 
 
+def test_perplexity_puts_bos_before_every_window(directory, tmp_path, monkeypatch):
+    loaded = jaxlm.load(directory)
+    fields = {**FIELDS, "tokenizer.ggml.bos_token_id": 96, "tokenizer.ggml.add_bos_token": True}
+    begun = jaxlm.Model(loaded.config, loaded.params, Tokenizer.from_gguf(fields))
+    monkeypatch.setattr(jaxlm, "load", lambda *_, **__: begun)
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be")
+    result = json.loads(run(perplexity, "--model", "x", "--text", str(text), "--window", "8", "--json").splitlines()[-1])
+    tokens = loaded.tokenizer.encode(text.read_text())
+    rows = [[96, *tokens[start:start + 7]] for start in range(0, len(tokens), 7)]
+    expected = np.concatenate([scores[1:] for scores in jaxlm.score(loaded, rows)])
+    assert result["tokens"] == result["scored"] == len(tokens)
+    assert result["nats_per_token"] == pytest.approx(-expected.mean(dtype=float), rel=1e-5)
+
+
+def test_text_is_printed_as_it_is(directory, capsys):
+    session.show(session.console(as_json=False), ":smile: [bold]\treturn\r\n")
+    assert capsys.readouterr().out == ":smile: [bold]\treturn\r\n"
+
+
+def test_the_demo_answers(directory, monkeypatch):
+    monkeypatch.setattr(assets, "smollm2", lambda: directory)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        demo.main("say [/bold] x", max_new_tokens=4)
+    loaded = jaxlm.load(directory)
+    expected = jaxlm.generate(loaded, [generate.ask(loaded.tokenizer, [{"role": "user", "content": "say [/bold] x"}])], 4)
+    assert "say [/bold] x" in out.getvalue() and expected.text[0] in out.getvalue() and "tokens/s" in out.getvalue()
+
+
 @pytest.mark.parametrize(("flags", "message"), [
+    (("--chat", "--prompt", "x"), "goes with none"),
     (("--chat", "--json"), "goes with none"),
     (("--prompt", "ab", "--raw", "--system", "s"), "--system needs"),
     (("--prompt", "a" * 200, "--raw"), "context is 128"),

@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlm import model
+from infer import assets
+from jaxlm import generate
 from jaxlm.io import load
 from jaxlm.io.gguf import ARCHITECTURES, GgufSource, metadata
 
@@ -692,7 +691,7 @@ def real(pattern: str) -> pathlib.Path:
     """A file below $JAXLM_TEST_WEIGHTS."""
     folder = os.environ.get("JAXLM_TEST_WEIGHTS")
     if not folder:
-        pytest.skip("JAXLM_TEST_WEIGHTS names no folder with smollm2/, qwen-0.5b/, qwen-1.5b/ and gemma-270m/")
+        pytest.skip("JAXLM_TEST_WEIGHTS names no folder with qwen-0.5b/, qwen-1.5b/ and gemma-270m/")
     found = sorted(pathlib.Path(folder).glob(pattern))
     if not found:
         pytest.skip(f"{folder} has no {pattern}")
@@ -716,16 +715,7 @@ REVERSE = ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are 
      " Rome. The capital of the United States is Washington.\n\nThe capital of the United Kingdom is London."),
 ], ids=["smollm2", "qwen-0.5b", "qwen-1.5b", "gemma-270m"])
 def test_a_real_model_speaks(pattern: str, prompt: str, expected: str):
-    loaded = load(real(pattern))
-    ids, steps = loaded.tokenizer.encode(prompt), len(loaded.tokenizer.encode(expected, add_special=False))
-
-    @jax.jit
-    def step(params: Any, tokens: jax.Array, length: jax.Array) -> jax.Array:
-        logits = model.forward(params, loaded.config, tokens, at=length[None, None] - 1).logits
-        return tokens.at[0, length].set(jnp.argmax(logits[0, 0]).astype(tokens.dtype))
-
-    tokens = jnp.zeros((1, len(ids) + steps), jnp.int32).at[0, :len(ids)].set(jnp.array(ids))
-    for length in range(len(ids), tokens.shape[1]):
-        tokens = step(loaded.params, tokens, jnp.int32(length))
+    loaded = load(assets.smollm2() if pattern.startswith("smollm2") else real(pattern))
+    steps = len(loaded.tokenizer.encode(expected, add_special=False))
     # The last token may reach beyond the text expected, as in ".\n".
-    assert loaded.tokenizer.decode(tokens[0, len(ids):].tolist()).startswith(expected)
+    assert generate(loaded, prompt, steps).text[0].startswith(expected)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxlm
 import jaxlm.io
 from jaxlm.io import families
 from jaxlm.io.assemble import assemble
@@ -45,6 +46,18 @@ def from_transformers(path):
 def test_the_goldens_are_what_transformers_gives(name):
     text, cases = synthetic.goldens()
     np.testing.assert_allclose(make_goldens.logits(theirs(name), text), cases[name]["logits"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama dynamic", "llama longrope"])
+def test_a_scaling_that_depends_on_the_length_gives_the_text_of_transformers_with_a_cache(name):
+    import torch
+
+    source, text = synthetic.case(name), synthetic.goldens()[0]
+    cfg = families.read(source.config)
+    lm = Model(cfg, assemble(cfg, families.find(source.config), source, jnp.float32))
+    out = theirs(name).generate(torch.tensor([text]), max_new_tokens=make_goldens.NEW, do_sample=False, use_cache=True,
+                                eos_token_id=None, pad_token_id=0)
+    assert jaxlm.generate(lm, [text], make_goldens.NEW).tokens[0].tolist() == out[0, len(text):].tolist()
 
 
 @pytest.mark.parametrize("name", make_goldens.CASES)
