@@ -253,12 +253,12 @@ def row_keys(key: Any, batch: int) -> Key[Array, "B"]:
 
 @functools.lru_cache(maxsize=8)
 def _automaton(stops: tuple[tuple[str, ...], ...], tokenizer: Any, vocabulary: int) -> stop.Automaton:
-    spoken = list(tokenizer.token_bytes())
-    for string in {string for row in stops for string in row}:  # a special token has no bytes in text, unless it is asked for
+    spoken, special = tokenizer.token_bytes(), {}
+    for string in {string for row in stops for string in row}:
         ids = tokenizer.encode(string, add_special=False) if string else []
-        if len(ids) == 1 and not spoken[ids[0]]:
-            spoken[ids[0]] = string.encode()
-    return stop.automaton(stops, spoken, vocabulary)
+        if len(ids) == 1 and not spoken[ids[0]] and tokenizer.decode(ids, skip_special=False) == string:
+            special[string] = ids[0]
+    return stop.automaton(stops, spoken, vocabulary, special)
 
 
 class _Job:

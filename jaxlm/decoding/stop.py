@@ -4,7 +4,7 @@ Knuth-Morris-Pratt over the strings' bytes gives a table [states, 256]; running 
 [states, V] that the loop indexes. A string is found wherever its bytes appear in the output, across tokens or inside one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import flax.struct
 import jax.numpy as jnp
@@ -80,12 +80,14 @@ def token_table(table: np.ndarray, token_bytes: Sequence[bytes]) -> np.ndarray:
     return out
 
 
-def automaton(stops: Sequence[Sequence[str]], token_bytes: Sequence[bytes], vocabulary: int) -> Automaton:
+def automaton(stops: Sequence[Sequence[str]], token_bytes: Sequence[bytes], vocabulary: int,
+              special: Mapping[str, int] | None = None) -> Automaton:
     """One automaton for rows with stop strings of their own: a part of the states for each distinct list.
 
     Args:
       stops: per row.
       token_bytes: what each id adds to the text; ids from there to `vocabulary` add nothing.
+      special: ids of the special tokens among the stop strings: without bytes in a text, found all the same by rows that ask.
 
     Raises:
       ValueError: for an empty stop string.
@@ -99,7 +101,11 @@ def automaton(stops: Sequence[Sequence[str]], token_bytes: Sequence[bytes], voca
             continue
         table, found = byte_table([string.encode() for string in row])
         starts[tuple(row)] = size
-        steps.append(token_table(table, token_bytes) + size)
+        spoken = list(token_bytes)
+        for string in row:
+            if string in (special or {}):
+                spoken[special[string]] = string.encode()
+        steps.append(token_table(table, spoken) + size)
         founds.append(found)
         size += len(found)
     pad = -size % STATES

@@ -152,6 +152,13 @@ def test_perplexity_puts_bos_before_every_window(directory, tmp_path, monkeypatc
     assert result["nats_per_token"] == pytest.approx(-expected.mean(dtype=float), rel=1e-5)
 
 
+def test_a_special_token_may_be_a_stop_string(directory):
+    loaded = jaxlm.load(directory)
+    forced = {"logit_bias": [{96: 1e4}, {96: 1e4}], "eos": ()}
+    out = jaxlm.generate(loaded, ["ab", "ab"], 3, stop_strings=[["<end>"], ["nd"]], **forced)
+    assert out.finish == ["stop", "length"] and [len(row) for row in out.tokens] == [1, 3]
+
+
 def test_text_is_printed_as_it_is(directory, capsys):
     session.show(session.console(as_json=False), ":smile: [bold]\treturn\r\n")
     assert capsys.readouterr().out == ":smile: [bold]\treturn\r\n"
