@@ -156,6 +156,12 @@ def forward(params: PyTree, cfg: config.Decoder, tokens: Int[Array, "B T"] | Non
     return Output(out, taps, x, kv)
 
 
+def logits(params: PyTree, cfg: config.Decoder, last: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Float32 logits from `Output.last`."""
+    params = params["decoder"]
+    return embed.logits(params.get("head", {}), params["embedding"]["tokens"], cfg.head, last)
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A config, its weights and, where there is one, the tokenizer: what `jaxlm.load` gives and programs pass around."""

@@ -16,12 +16,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxlm import cache as caching
 from jaxlm import config, model, sharding
 from jaxlm.decoding import loop, stop
 from jaxlm.decoding.logits import Settings
+from jaxlm.decoding.speculative import drafters, rules
+from jaxlm.decoding.speculative import loop as speculation
+from jaxlm.decoding.speculative.drafters.base import Drafter, Start
+from jaxlm.decoding.speculative.tree import Template
+from jaxlm.decoding.speculative.verify import Rule
 from jaxlm.model import Model
 
 _LARGEST = 1e30  # of temperatures, penalties and biases: larger ones may overflow in float32
@@ -34,10 +39,13 @@ class Forward:
     config: config.Decoder
     dtype: Any
 
-    def __call__(self, params: PyTree, tokens: Int[Array, "B P"],
-                 cache: caching.Cache) -> tuple[Float[Array, "B P V"], PyTree]:
-        """Logits after each of the P tokens and their keys and values."""
-        out = model.forward(params, self.config, tokens, cache=cache, dtype=self.dtype)
+    def __call__(self, params: PyTree, tokens: Int[Array, "B P"], cache: caching.Cache,
+                 positions: Int[Array, "B P"] | None = None,
+                 mask: Bool[Array, "B P P"] | None = None) -> tuple[Float[Array, "B P V"], PyTree]:
+        """Logits after each of the P tokens and their keys and values; positions and mask are a tree's."""
+        # Scalings that depend on how long the text is see what plain decoding would: up to the token itself.
+        out = model.forward(params, self.config, tokens, positions=positions, mask=mask, cache=cache, dtype=self.dtype,
+                            context=cache.length + 1)
         return out.logits, out.kv
 
 
@@ -54,9 +62,24 @@ def bucket(length: int, smallest: int = 16) -> int:
     return -(-length // step) * step
 
 
+_DIGEST_BYTES = 1 << 26  # of logits at a time, where a drafter reads the prompt's
+
+
+def _digest(step: Forward, params: PyTree, drafter: Drafter, last: Float[Array, "B T D"]) -> PyTree:
+    """The drafter's digest of the logits after every prompt token, a few tokens at a time."""
+    batch, length, width = last.shape
+    most = max(_DIGEST_BYTES // (4 * batch * step.config.embedding.vocabulary), 1)
+    parts = -(-length // min(length, most))
+    size = -(-length // parts)
+    pieces = jnp.pad(last, ((0, 0), (0, parts * size - length), (0, 0))).reshape(batch, parts, size, width)
+    digests = jax.lax.map(lambda piece: drafter.digest(model.logits(params, step.config, piece)), pieces.swapaxes(0, 1))
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(batch, parts * size, *leaf.shape[3:])[:, :length], digests)
+
+
 @partial(jax.jit, static_argnames=("step", "slots", "capacity", "logprobs"))
 def _prefill(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], request: loop.Request,
-             slots: int, capacity: int, logprobs: bool) -> loop.State:
+             slots: int, capacity: int, logprobs: bool, drafter: Drafter | None = None,
+             kept: PyTree = None) -> loop.State | speculation.State:
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(index < lengths[:, None], index, -1)
     out = model.forward(params, step.config, tokens, positions=positions, context=lengths, at=lengths[:, None] - 1,
@@ -64,12 +87,20 @@ def _prefill(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: 
     cache = caching.filled(out.kv, slots, lengths)
     cache = cache.replace(layers=jax.tree.map(
         lambda leaf: sharding.constrain(leaf, caching.AXES[-leaf.ndim:]), cache.layers))
-    return loop.begin(cache, request, out.logits[:, 0], capacity, logprobs)
+    state = loop.begin(cache, request, out.logits[:, 0], capacity, logprobs)
+    if drafter is None:
+        return state
+    digest = _digest(step, params, drafter, out.last) if drafter.reads_prompt else None
+    drafted = drafter.init(Start(tokens, lengths, digest, slots, step.config.embedding.vocabulary), kept)
+    return speculation.begin(state, tokens, drafter, drafted)
 
 
-@partial(jax.jit, static_argnames=("step",), donate_argnames=("state",))
-def _run(step: Forward, params: PyTree, state: loop.State, request: loop.Request, steps: Int[Array, ""]) -> loop.State:
-    return loop.run(step, params, state, request, steps)
+@partial(jax.jit, static_argnames=("step", "rule"), donate_argnames=("state",))
+def _run(step: Forward, params: PyTree, state: loop.State | speculation.State, request: loop.Request, steps: Int[Array, ""],
+         drafter: Drafter | None = None, rule: Rule | None = None) -> loop.State | speculation.State:
+    if drafter is None:
+        return loop.run(step, params, state, request, steps)
+    return speculation.run(step, rule, drafter, params, state, request, steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +110,32 @@ class Seconds:
     compile: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+    """What speculation did, a row per prompt.
+
+    Attributes:
+      calls: int [B], calls of the target after the prefill in which the row was not yet done.
+      emitted: int [B, D + 1], how many of them gave 1, 2, ... D + 1 tokens.
+      sizes: {nodes of the verified tree: int [B], calls}.
+      exact: "tokens" where the rule gives plain decoding's tokens, "distribution" where it draws from the same distribution,
+        "lossy" where neither holds.
+      state: the drafter's, for a later request: `generate(..., drafter_state=...)`.
+    """
+
+    calls: np.ndarray
+    emitted: np.ndarray
+    sizes: dict[int, np.ndarray]
+    exact: str
+    state: PyTree
+
+    @property
+    def tokens_per_call(self) -> np.ndarray:
+        """float [B], mean tokens that a call of the target gave each row; 0 for rows without calls."""
+        tokens = self.emitted @ np.arange(1, self.emitted.shape[1] + 1)
+        return tokens / np.maximum(self.calls, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +149,7 @@ class Generation:
       logprobs: of each token under the model itself (before temperature, filters and penalties), or None.
       prompt_tokens: how many tokens each prompt has.
       seconds: what it took.
+      speculation: what a drafter did, or None.
     """
 
     tokens: list[np.ndarray]
@@ -100,6 +158,7 @@ class Generation:
     logprobs: list[np.ndarray] | None
     prompt_tokens: list[int]
     seconds: Seconds
+    speculation: Speculation | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -266,7 +325,8 @@ class _Job:
 
     def __init__(self, model: Model, prompts: Any, *, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any,
                  min_p: Any, typical_p: Any, repetition_penalty: Any, presence_penalty: Any, frequency_penalty: Any,
-                 logit_bias: Any, banned_tokens: Any, stop_strings: Any, eos: Any, key: Any, logprobs: bool, dtype: Any):
+                 logit_bias: Any, banned_tokens: Any, stop_strings: Any, eos: Any, key: Any, logprobs: bool, dtype: Any,
+                 drafter: Any, rule: Any, tree: Any, drafter_state: Any):
         cfg = model.config
         self.model, self.rows = model, encode(model, prompts)
         batch, vocabulary = len(self.rows), cfg.embedding.vocabulary
@@ -320,14 +380,21 @@ class _Job:
         if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(f"dtype must be a floating-point type like jnp.bfloat16, got {dtype!r}")
         self.logprobs = logprobs
+        self.drafter, self.rule, self.kept = None, None, drafter_state
+        if drafter is not None and drafter != "none":
+            self.drafter = drafters.make(drafter, tree, model, batch)
+            self.rule = rules.make(rule, self.drafter)
+        elif rule is not None or tree is not None or drafter_state is not None:
+            raise ValueError("rule, tree and drafter_state are for speculation: name a drafter with them")
 
-    def run(self, segment: int | None) -> Iterator[tuple[loop.State, Seconds]]:
+    def run(self, segment: int | None) -> Iterator[tuple[loop.State | speculation.State, Seconds]]:
         """The state after the prefill, then after each segment of the loop (None: one), with the seconds spent so far."""
         rows, cfg = self.rows, self.model.config
         longest = max(len(row) for row in rows)
         width = min(bucket(longest), cfg.length)
         capacity = bucket(int(max(self.limits)))
-        slots = bucket(max(len(row) + int(limit) for row, limit in zip(rows, self.limits, strict=True)), 64)
+        slack = 0 if self.drafter is None else self.drafter.depth  # a call writes so much behind the last token
+        slots = bucket(max(len(row) + int(limit) for row, limit in zip(rows, self.limits, strict=True)) + slack, 64)
         slots = max(slots, width)
         tokens = np.zeros((len(rows), width), np.int32)
         for i, row in enumerate(rows):
@@ -336,15 +403,16 @@ class _Job:
         step = Forward(cfg, self.dtype)
         params = self.model.ready
         with self.model.context():
-            arguments = (step, params, jnp.asarray(tokens), jnp.asarray(lengths), self.request, slots, capacity, self.logprobs)
+            arguments = (step, params, jnp.asarray(tokens), jnp.asarray(lengths), self.request, slots, capacity, self.logprobs,
+                         self.drafter, self.kept)
             spent = Seconds(compile=self._compile(_prefill, arguments))
             began = time.perf_counter()
             state = jax.block_until_ready(_prefill(*arguments))
             spent = dataclasses.replace(spent, prefill=time.perf_counter() - began)
             yield state, spent
             steps = jnp.asarray(capacity if segment is None else segment, jnp.int32)
-            while not np.all(np.asarray(state.done)):
-                arguments = (step, params, state, self.request, steps)
+            while not np.all(np.asarray(_plain(state).done)):
+                arguments = (step, params, state, self.request, steps, self.drafter, self.rule)
                 # For every segment: on a mesh the loop may give back its state split in another way than it took it.
                 spent = dataclasses.replace(spent, compile=spent.compile + self._compile(_run, arguments))
                 began = time.perf_counter()
@@ -367,14 +435,16 @@ class _Job:
         self.model.compiled.add(key)
         return time.perf_counter() - began
 
-    def check(self, state: loop.State) -> None:
+    def check(self, state: loop.State | speculation.State) -> None:
+        state = _plain(state)
         bad = np.flatnonzero(~np.asarray(state.finite))
         if len(bad):
             raise ValueError(f"the model's logits for row {bad[0]} are not finite after {int(state.count[bad[0]])} tokens: "
                              "its weights hold NaN or infinite values, or overflow in this dtype")
 
-    def result(self, state: loop.State, spent: Seconds) -> Generation:
+    def result(self, state: loop.State | speculation.State, spent: Seconds) -> Generation:
         self.check(state)
+        speculated, state = self._speculation(state), _plain(state)
         tokens, count = np.asarray(state.tokens), np.asarray(state.count)
         emitted = [tokens[i, :count[i]] for i in range(len(self.rows))]
         text, finish = None, []
@@ -387,7 +457,18 @@ class _Job:
                 text[i] = text[i][:_cut(text[i], self.stops[i])]
             finish.append("eos" if len(row) and int(row[-1]) in self.eos else "stop" if stopped[i] else "length")
         logprobs = None if state.logprobs is None else [np.asarray(state.logprobs)[i, :n] for i, n in enumerate(count)]
-        return Generation(emitted, text, finish, logprobs, [len(row) for row in self.rows], spent)
+        return Generation(emitted, text, finish, logprobs, [len(row) for row in self.rows], spent, speculated)
+
+    def _speculation(self, state: loop.State | speculation.State) -> Speculation | None:
+        if self.drafter is None:
+            return None
+        emitted, sizes = np.asarray(state.emitted), np.asarray(state.sizes)
+        return Speculation(emitted.sum(axis=1), emitted, dict(zip(self.drafter.sizes, sizes.T, strict=True)), self.rule.exact,
+                           state.drafter)
+
+
+def _plain(state: loop.State | speculation.State) -> loop.State:
+    return state.plain if isinstance(state, speculation.State) else state
 
 
 def _known(tokens: np.ndarray, tokenizer: Any) -> list[int]:
@@ -432,7 +513,9 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
              top_p: Any = 1.0, min_p: Any = 0.0, typical_p: Any = 1.0, repetition_penalty: Any = 1.0,
              presence_penalty: Any = 0.0, frequency_penalty: Any = 0.0, logit_bias: Any = None, banned_tokens: Any = None,
              stop_strings: Any = None, eos: Any = None, key: Any = 0, logprobs: bool = False, dtype: Any = None,
-             on_text: Callable[[list[str]], None] | None = None, segment: int = 16) -> Generation:
+             drafter: str | Drafter | None = None, rule: str | Rule | None = None, tree: int | Template | None = None,
+             drafter_state: PyTree = None, on_text: Callable[[list[str]], None] | None = None,
+             segment: int = 16) -> Generation:
     """Continues each prompt.
 
     Every number may be given per row. With the same key a row's text is the same whatever rows are beside it.
@@ -450,6 +533,12 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
       key: a seed, a `jax.random.key`, or one key per row.
       logprobs: also return every token's log-probability.
       dtype: of the computation; default that of the weights.
+      drafter: speculates: a name ("lookup", "recycling", several joined by "+", "auto": see
+        `jaxlm.decoding.speculative.drafters.make`) or a drafter. None decodes plainly.
+      rule: of acceptance, a name or a rule of `jaxlm.decoding.speculative.rules`; default "match", which gives the tokens of
+        plain decoding.
+      tree: how many nodes a drafted tree has, or its `Template`; default the drafter's own.
+      drafter_state: what an earlier request's `speculation.state` left: a warm start.
       on_text: called after the prefill and then every `segment` steps with each row's new text. The pieces add up to the
         result's text: what may yet turn out to begin a stop string, or lacks bytes of a character, is held back.
       segment: steps of the loop between two looks of the host; only with `on_text`.
@@ -464,12 +553,13 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
     job = _Job(model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                typical_p=typical_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
                frequency_penalty=frequency_penalty, logit_bias=logit_bias, banned_tokens=banned_tokens,
-               stop_strings=stop_strings, eos=eos, key=key, logprobs=logprobs, dtype=dtype)
+               stop_strings=stop_strings, eos=eos, key=key, logprobs=logprobs, dtype=dtype, drafter=drafter, rule=rule,
+               tree=tree, drafter_state=drafter_state)
     pieces = None if on_text is None else _Pieces(model.tokenizer, job.stops)
     for state, spent in job.run(None if on_text is None else segment):  # noqa: B007 (the last is the result's)
         job.check(state)
         if pieces is not None:
-            on_text(pieces.push(np.asarray(state.tokens), np.asarray(state.count)))
+            on_text(pieces.push(np.asarray(_plain(state).tokens), np.asarray(_plain(state).count)))
     result = job.result(state, spent)
     if pieces is not None:
         on_text(pieces.finish(result.text))

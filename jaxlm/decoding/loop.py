@@ -67,17 +67,20 @@ class Request:
     automaton: Automaton | None
 
 
-def emit(state: State, request: Request, logits: Float[Array, "B V"]) -> State:
-    """Chooses each live row's next token from the logits after its last one, and sees whether that ends the row."""
+def record(state: State, request: Request, logits: Float[Array, "B V"], token: Int[Array, "B"],
+           live: Bool[Array, "B"]) -> State:
+    """Appends a token to the output of every live row, and sees whether it ends the row.
+
+    Args:
+      logits: what the model said before the token, as it came.
+      live: rows that the token is for; the others stay as they are.
+    """
     rows = jnp.arange(state.count.shape[0])
-    token = choose(penalise(logits, request.settings, state.counts, request.prompted), request.settings, request.keys,
-                   state.cache.length)
-    live = ~state.done
     token = jnp.where(live, token, state.last)
     place = jnp.where(live, state.count, state.tokens.shape[1])  # out of range: dropped
     tokens = state.tokens.at[rows, place].set(token, mode="drop")
     count = state.count + live.astype(jnp.int32)
-    done = state.done | (count >= request.limit) | jnp.any(token[:, None] == request.eos[None, :], axis=1)
+    ended = (count >= request.limit) | jnp.any(token[:, None] == request.eos[None, :], axis=1)
     finite = state.finite & (~live | jnp.isfinite(jnp.max(logits, axis=-1)))
     logprobs = state.logprobs
     if logprobs is not None:
@@ -89,9 +92,16 @@ def emit(state: State, request: Request, logits: Float[Array, "B V"]) -> State:
     stop = state.stop
     if stop is not None:
         stop = jnp.where(live, request.automaton.step[stop, token], stop)
-        done = done | request.automaton.found[stop]
-    return state.replace(last=token, tokens=tokens, logprobs=logprobs, count=count, done=done | ~finite, stop=stop,
-                         counts=counts, finite=finite)
+        ended = ended | request.automaton.found[stop]
+    return state.replace(last=token, tokens=tokens, logprobs=logprobs, count=count, done=state.done | (live & ended) | ~finite,
+                         stop=stop, counts=counts, finite=finite)
+
+
+def emit(state: State, request: Request, logits: Float[Array, "B V"]) -> State:
+    """Chooses each live row's next token from the logits after its last one, and records it."""
+    token = choose(penalise(logits, request.settings, state.counts, request.prompted), request.settings, request.keys,
+                   state.cache.length)
+    return record(state, request, logits, token, ~state.done)
 
 
 def begin(cache: Cache, request: Request, logits: Float[Array, "B V"], capacity: int, logprobs: bool) -> State:

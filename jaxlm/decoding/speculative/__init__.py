@@ -1,0 +1,1 @@
+"""Speculative decoding: trees, rules of acceptance, drafters, and the one compiled loop around them."""

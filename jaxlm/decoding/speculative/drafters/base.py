@@ -1,0 +1,135 @@
+"""What a drafter is: three pure functions over a state of its own, `init`, `propose` and `observe`.
+
+A drafter is a pytree whose arrays (weights) are traced and whose other fields are static, so it is an argument of the compiled
+program and equal drafters share one. `digest` is the drafter's own summary of the target's logits, taken wherever the
+target was run, prompt and tree alike: nothing as large as logits is kept.
+"""
+
+from typing import ClassVar
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxlm.decoding import loop
+from jaxlm.decoding.speculative.tree import Tree
+from jaxlm.decoding.speculative.verify import Walk
+
+
+@flax.struct.dataclass
+class Start:
+    """The prompt, when the target has read it.
+
+    Attributes:
+      tokens: int32 [B, T]; junk from `length` on.
+      length: int32 [B].
+      digest: what the drafter's `digest` made of the logits after every prompt token, [B, T, ...]; None unless it reads
+        prompts.
+      slots: S, how many tokens a row will have at most.
+      vocabulary: V.
+    """
+
+    tokens: Int[Array, "B T"]
+    length: Int[Array, "B"]
+    digest: PyTree
+    slots: int = flax.struct.field(pytree_node=False)
+    vocabulary: int = flax.struct.field(pytree_node=False)
+
+    def valid(self) -> Bool[Array, "B T"]:
+        """Where the prompt has tokens."""
+        return jnp.arange(self.tokens.shape[1])[None] < self.length[:, None]
+
+
+@flax.struct.dataclass
+class View:
+    """What a drafter sees when it proposes.
+
+    Attributes:
+      history: int32 [B, S], prompt and output; the last token stands at `length`, junk behind it.
+      state: of the plain loop: `cache` (the target's; its length is the last token's position), `last`, `counts`, `done`.
+      request: settings, keys.
+      target: the target's weights.
+    """
+
+    history: Int[Array, "B S"]
+    state: loop.State
+    request: loop.Request
+    target: PyTree
+
+    @property
+    def length(self) -> Int[Array, "B"]:
+        """Position of every row's last token, the root."""
+        return self.state.cache.length
+
+
+@flax.struct.dataclass
+class Seen:
+    """What came of a proposal.
+
+    Attributes:
+      tree: the nodes that the target was run on.
+      digest: [B, P, ...], the drafter's summary of the logits after each.
+      walk: the nodes accepted and the tokens chosen.
+      view: as a proposal would see it now.
+    """
+
+    tree: Tree
+    digest: PyTree
+    walk: Walk
+    view: View
+
+    def visited(self) -> Bool[Array, "B P"]:
+        """The root and the accepted nodes, of rows that were not done before."""
+        on = jnp.arange(self.walk.path.shape[1])[None] < self.walk.count[:, None]
+        node = jnp.arange(self.tree.nodes)[None, None, :]
+        return jnp.any((self.walk.path[:, :, None] == node) & on[:, :, None], axis=1)
+
+
+class Drafter:
+    """The base of all drafters; subclasses are `flax.struct.dataclass`es.
+
+    Attributes:
+      draws: how the children of a node are drawn from `Tree.logits`: "fixed" (not drawn, or with the target's own noise: no
+        `Tree.logits`), "independent" (with replacement) or "distinct" (without, in the order of the nodes).
+      reads_prompt: whether `init` wants the digest of the prompt's logits.
+    """
+
+    draws: ClassVar[str] = "fixed"
+    reads_prompt: bool = False
+
+    @property
+    def nodes(self) -> int:
+        """P, the most nodes of a tree, the root among them."""
+        raise NotImplementedError
+
+    @property
+    def depth(self) -> int:
+        """D, the most edges of a path."""
+        raise NotImplementedError
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes of tree that a call may verify, in nodes; the last is P. A drafter of several has `choose`."""
+        return (self.nodes,)
+
+    def init(self, start: Start, kept: PyTree | None) -> PyTree:
+        """The state after a prompt. `kept` is the state that an earlier request left, None for a cold start."""
+        return ()
+
+    def digest(self, logits: Float[Array, "B P V"]) -> PyTree:
+        """What to remember of logits, [B, P, ...]."""
+        return ()
+
+    def propose(self, state: PyTree, view: View) -> tuple[Tree, PyTree]:
+        """A tree of `nodes` nodes, whose first carries the last token."""
+        raise NotImplementedError
+
+    def choose(self, state: PyTree, tree: Tree, view: View) -> Int[Array, ""]:
+        """Which of `sizes` to verify: the tree's first nodes are then taken."""
+        raise NotImplementedError
+
+    def observe(self, state: PyTree, seen: Seen) -> PyTree:
+        """The state after a call of the target."""
+        return state
+
+

@@ -1,0 +1,100 @@
+"""Prompt lookup: what followed the last few tokens earlier in prompt or output is proposed again.
+
+Reference: the idea is Saxena's prompt lookup decoding (2023) and REST's and Yang et al.'s before it; several continuations go
+into one tree here, and a copy that reaches the end of the text goes on with its own beginning.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxlm.decoding.speculative import tree as trees
+from jaxlm.decoding.speculative.drafters.base import Drafter, View
+from jaxlm.decoding.speculative.tree import Tree
+
+
+@flax.struct.dataclass
+class Match:
+    """Where the text's end occurred before.
+
+    Attributes:
+      at: int32 [B, R], the occurrence's last position.
+      length: int32 [B, R], tokens that agree, 0 for no occurrence.
+    """
+
+    at: Int[Array, "B R"]
+    length: Int[Array, "B R"]
+
+
+def occurrences(history: Int[Array, "B S"], length: Int[Array, "B"], longest: int, count: int) -> Match:
+    """The `count` earlier positions whose last tokens agree with the row's longest, the latest first among equals.
+
+    Args:
+      length: position of the last token.
+      longest: how many tokens are compared.
+    """
+    slots = history.shape[1]
+    index = jnp.arange(slots, dtype=jnp.int32)[None]
+    agree, runs = jnp.ones(history.shape, bool), jnp.zeros(history.shape, jnp.int32)
+    for back in range(longest):
+        last = jnp.take_along_axis(history, jnp.maximum(length - back, 0)[:, None], axis=1)
+        shifted = jnp.roll(history, back, axis=1)
+        agree = agree & (shifted == last) & (index >= back) & (length[:, None] >= back)
+        runs = runs + agree.astype(jnp.int32)
+    rank = jnp.where((index < length[:, None]) & (runs > 0), runs * slots + index, -1)
+    best, _ = jax.lax.top_k(rank, count)
+    return Match(jnp.where(best >= 0, best % slots, 0), jnp.where(best >= 0, best // slots, 0))
+
+
+@flax.struct.dataclass
+class Lookup(Drafter):
+    """Proposes the continuations of the longest earlier matches.
+
+    Attributes:
+      length: tokens that a continuation has at most, D.
+      count: continuations looked for; those that agree share nodes.
+      longest, shortest: tokens of a match that are compared, and that must agree.
+      nodes: of the tree, the root among them; the continuation of the longest match comes first.
+    """
+
+    length: int = flax.struct.field(pytree_node=False, default=10)
+    count: int = flax.struct.field(pytree_node=False, default=3)
+    longest: int = flax.struct.field(pytree_node=False, default=8)
+    shortest: int = flax.struct.field(pytree_node=False, default=1)
+    nodes: int = flax.struct.field(pytree_node=False, default=16)
+
+    @property
+    def depth(self) -> int:
+        """The length of a continuation."""
+        return min(self.length, self.nodes - 1)
+
+    @property
+    def classes(self) -> int:
+        """Of nodes: by how many tokens agree up to the parent, and whether the match is the best one."""
+        return 2 * self.longest
+
+    def candidates(self, view: View) -> Tree:
+        """All continuations, chain after chain, not merged."""
+        history, last = view.history, view.length
+        found = occurrences(history, last, self.longest, self.count)
+        step = jnp.arange(self.length, dtype=jnp.int32)[None, None]
+        period = jnp.maximum(last[:, None] - found.at, 1)[..., None]
+        source = found.at[..., None] + 1 + step % period
+        batch = history.shape[0]
+        tokens = jnp.take_along_axis(history, source.reshape(batch, -1), axis=1)
+        valid = jnp.repeat(found.length >= self.shortest, self.length, axis=1)
+        agreed = jnp.minimum(found.length[..., None] + step, self.longest) - 1
+        kinds = agreed + jnp.where(jnp.arange(self.count) == 0, 0, self.longest)[None, :, None]
+        template = trees.Template((-1, *(0 if node % self.length == 0 else node for node in range(self.count * self.length))))
+        tokens = jnp.concatenate([view.state.last[:, None], tokens], axis=1)
+        valid = jnp.concatenate([jnp.ones((batch, 1), bool), valid], axis=1)
+        kinds = jnp.concatenate([jnp.full((batch, 1), -1, jnp.int32), kinds.reshape(batch, -1)], axis=1)
+        return trees.plant(template, tokens, valid, kinds=kinds[..., None])
+
+    def propose(self, state: tuple[()], view: View) -> tuple[Tree, tuple[()]]:
+        """The continuations as one tree."""
+        tree = trees.merge(self.candidates(view))
+        # Longer agreement first, the best match before others, and each node before its children.
+        shares = jnp.where(tree.kinds[..., 0] < self.longest, 0.9, 0.6)
+        return trees.prune(tree, shares, self.nodes), state
