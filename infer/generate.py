@@ -41,6 +41,18 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Speculating:
+    """How tokens are drafted, to be verified several at a time."""
+
+    drafter: str | None = None
+    """What drafts: "lookup", "recycling", several joined by "+", ...; default none."""
+    tree: int | None = None
+    """Nodes of a drafted tree; default the drafter's own."""
+    rule: str | None = None
+    """When a drafted token is accepted; default "match", which changes no token."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Arguments:
     """Continues a prompt, answers a question, or holds a conversation in the terminal."""
 
@@ -57,6 +69,7 @@ class Arguments:
     system: str | None = None
     """What the system message says, for models whose template has one."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
+    speculating: Annotated[Speculating, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Speculating)
     seed: int = 0
     """The same seed gives the same text."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -70,22 +83,39 @@ def ask(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return tokenizer.encode(tokenizer.chat(messages), add_special=False)
 
 
-def answer(model: jaxlm.Model, prompt: list[int], arguments: Arguments, show: Callable[[str], None]) -> jaxlm.Generation:
-    """One answer, shown as it comes."""
+def answer(model: jaxlm.Model, prompt: list[int], arguments: Arguments, show: Callable[[str], None],
+           state: Any = None) -> jaxlm.Generation:
+    """One answer, shown as it comes; `state` is what the drafter kept of an earlier one."""
     room = model.config.length - len(prompt)
     if room < 1:
         raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context is {model.config.length}")
-    options = dataclasses.asdict(arguments.sampling)
+    options = dataclasses.asdict(arguments.sampling) | dataclasses.asdict(arguments.speculating)
     options["stop_strings"] = options["stop_strings"] or None
     return jaxlm.generate(model, [prompt], min(arguments.max_new_tokens, room), key=arguments.seed,
-                          on_text=lambda pieces: show(pieces[0]), **options)
+                          drafter_state=state, on_text=lambda pieces: show(pieces[0]), **options)
 
 
 def statistics(result: jaxlm.Generation) -> str:
     """One line on how long it took."""
-    seconds = result.seconds
-    return (f"{result.prompt_tokens[0]} tokens in {seconds.prefill:.2f} s, {len(result.tokens[0])} out at "
-            f"{result.tokens_per_s:.1f} tokens/s, {seconds.compile:.1f} s compiling")
+    seconds, speculation = result.seconds, result.speculation
+    parts = [f"{result.prompt_tokens[0]} tokens in {seconds.prefill:.2f} s",
+             f"{len(result.tokens[0])} out at {result.tokens_per_s:.1f} tokens/s"]
+    if speculation is not None:
+        parts.append(f"{speculation.tokens_per_call[0]:.2f} per call of the model")
+        if speculation.exact == "lossy":
+            parts.append("lossy")
+    return ", ".join([*parts, f"{seconds.compile:.1f} s compiling"])
+
+
+def speculated(result: jaxlm.Generation, drafter: str | None) -> dict[str, Any] | None:
+    """What speculation did, for JSON: `emitted` counts the calls that gave 1, 2, ... tokens; None for plain decoding."""
+    if result.speculation is None:
+        return None
+    return {
+        "drafter": drafter, "exact": result.speculation.exact, "calls": int(result.speculation.calls[0]),
+        "tokens_per_call": float(result.speculation.tokens_per_call[0]), "emitted": result.speculation.emitted[0].tolist(),
+        "sizes": {str(nodes): int(calls[0]) for nodes, calls in result.speculation.sizes.items()},
+    }
 
 
 def converse(model: jaxlm.Model, arguments: Arguments, console: Any) -> None:
@@ -93,6 +123,7 @@ def converse(model: jaxlm.Model, arguments: Arguments, console: Any) -> None:
     if not model.tokenizer.has_chat_template:
         raise ValueError("this model has no chat template, so it cannot hold a conversation: leave out --chat")
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    state = None
     while True:
         try:
             text = console.input("[bold]> [/bold]")
@@ -105,7 +136,8 @@ def converse(model: jaxlm.Model, arguments: Arguments, console: Any) -> None:
         if len(prompt) >= model.config.length:
             console.print(f"[dim]the conversation has reached the model's context of {model.config.length} tokens[/dim]")
             return
-        result = answer(model, prompt, arguments, partial(session.show, console))
+        result = answer(model, prompt, arguments, partial(session.show, console), state)
+        state = None if result.speculation is None else result.speculation.state
         messages.append({"role": "assistant", "content": result.text[0]})
         console.print(f"\n[dim]{statistics(result)}[/dim]")
 
@@ -137,6 +169,7 @@ def main(arguments: Arguments) -> None:
         "tokens": result.tokens[0].tolist(), "text": result.text[0], "finish": result.finish[0],
         "prompt_tokens": result.prompt_tokens[0], "compile_s": result.seconds.compile,
         "prefill_s": result.seconds.prefill, "decode_s": result.seconds.decode, "tokens_per_s": result.tokens_per_s,
+        "speculation": speculated(result, arguments.speculating.drafter),
     }, arguments.json)
 
 

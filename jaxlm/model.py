@@ -55,6 +55,20 @@ def unstack(params: PyTree, cfg: config.Decoder) -> PyTree:
     return {"decoder": tree | {"blocks": stack.unstack(tree["blocks"], cfg.stack)}}
 
 
+def prefix(cfg: config.Decoder, params: PyTree, cache: Cache, layers: int) -> tuple[config.Decoder, PyTree, Cache]:
+    """The model that is the first blocks of another, with the same embedding, final norm and head, and its part of a cache.
+
+    Of stacked weights the slices are copies; of unrolled weights and of the cache nothing is.
+
+    Raises:
+      ValueError: when there are not so many blocks.
+    """
+    tree = params["decoder"]
+    tree = tree | {"blocks": stack.prefix_weights(tree["blocks"], cfg.stack, layers)}
+    kept = cache.replace(layers=stack.prefix_cache(cache.layers, cfg.stack, layers))
+    return dataclasses.replace(cfg, stack=stack.prefix(cfg.stack, layers)), {"decoder": tree}, kept
+
+
 def check_tokens(tokens: Any, vocabulary: int, positions: Any = None) -> None:
     """Raises:
       ValueError: for the first token id that is not 0 to vocabulary - 1 where there is a token (its position is not -1); names
@@ -193,6 +207,11 @@ class Model:
     def compiled(self) -> set[Any]:
         """What generation has compiled for this model: see `jaxlm.decoding.generate`."""
         return set()
+
+    @functools.cached_property
+    def costs(self) -> dict[Any, tuple[float, ...]]:
+        """What calls were measured to take: see `jaxlm.decoding.speculative.cost`."""
+        return {}
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.params)

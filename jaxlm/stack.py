@@ -39,6 +39,57 @@ def unstack(params: dict[str, Any], cfg: config.Stack) -> dict[str, Any]:
                      for p in range(len(group.pattern))} for g, group in enumerate(cfg.groups)}
 
 
+def prefix(cfg: config.Stack, layers: int) -> config.Stack:
+    """The first blocks of a stack. A group of which only whole repeats are left stays one; else the rest is a group more.
+
+    Raises:
+      ValueError: when the stack has not so many blocks.
+    """
+    if not 1 <= layers <= cfg.layers:
+        raise ValueError(f"a prefix of this stack has 1 to {cfg.layers} layers, got {layers}")
+    groups = []
+    for group in cfg.groups:
+        whole, rest = divmod(min(layers, len(group.pattern) * group.repeats), len(group.pattern))
+        if whole:
+            groups.append(config.Group(group.pattern, whole))
+        if rest:
+            groups.append(config.Group(group.pattern[:rest], 1))
+        layers -= len(group.pattern) * whole + rest
+    return config.Stack(tuple(groups))
+
+
+def prefix_weights(params: dict[str, Any], cfg: config.Stack, layers: int) -> dict[str, Any]:
+    """The weights of `prefix(cfg, layers)`, stacked or unrolled as they come."""
+    def cut(place: Any, start: int, count: int) -> Any:
+        if isinstance(place, tuple):
+            return place[start:start + count]
+        return jax.tree.map(lambda leaf: leaf[start:start + count], place)
+
+    return {str(i): {str(p): cut(params[str(g)][str(p)], start, group.repeats) for p in range(len(group.pattern))}
+            for i, (group, g, start) in enumerate(_origins(cfg, layers))}
+
+
+def prefix_cache(cache: tuple[tuple[KeyValue, ...], ...], cfg: config.Stack, layers: int) -> tuple[tuple[KeyValue, ...], ...]:
+    """`Cache.layers` of `prefix(cfg, layers)`. What begins with a group keeps all its repeats: they are not read, and cutting
+    would copy the cache."""
+    def cut(kv: KeyValue, start: int, count: int) -> KeyValue:
+        return kv if start == 0 else KeyValue(kv.k[start:start + count], kv.v[start:start + count])
+
+    return tuple(tuple(cut(kv, start, group.repeats) for kv in cache[g][:len(group.pattern)])
+                 for group, g, start in _origins(cfg, layers))
+
+
+def _origins(cfg: config.Stack, layers: int) -> list[tuple[config.Group, int, int]]:
+    """For each group of a prefix: itself, the group that it is cut from, and the repeat there that it starts at."""
+    found, g, start = [], 0, 0
+    for group in prefix(cfg, layers).groups:
+        if start == cfg.groups[g].repeats:
+            g, start = g + 1, 0
+        found.append((group, g, start))
+        start += group.repeats
+    return found
+
+
 def apply(params: dict[str, Any], cfg: config.Stack, x: Float[Array, "B T D"], context: Context,
           cache: tuple[tuple[KeyValue, ...], ...] | None, taps: Sequence[int] = (),
           remat: Any = None) -> tuple[Float[Array, "B T D"], PyTree, tuple[Array, ...]]:

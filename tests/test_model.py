@@ -70,6 +70,31 @@ def test_hidden_states_are_what_shorter_models_give():
             np.testing.assert_allclose(state, prefix(repeats), atol=1e-5)
 
 
+@pytest.mark.parametrize("layers, repeats, unrolled", [
+    (1, [1], False), (3, [2, 1], False), (7, [2, 1, 1, 1], False), (7, [2, 1, 1, 1], True)])
+def test_a_prefix_is_the_first_layers_of_weights_and_cache(layers, repeats, unrolled):
+    """Of groups of 2, (1, 1) and 2 x (1, 1) layers: within the first, within the second, in the last one's last repeat."""
+    cfg, tokens = tiny.GROUPS, tiny.tokens(2, 9)
+    weights, count = tiny.weights(model.spec(cfg)), np.array([5, 5], np.int32)
+    read = tiny.jit(lambda: model.forward(weights, cfg, tokens[:, :5]).kv)()
+    known = cache.filled(read, 12, jnp.asarray(count))
+    want = tiny.jit(lambda: model.forward(weights, cfg, tokens[:, 5:], cache=known, hidden=(layers,)))()
+    if unrolled:
+        weights, known = model.unstack(weights, cfg), cache.unstack(known)
+    first, part, kept = model.prefix(cfg, weights, known, layers)
+    assert first.stack.blocks() == cfg.stack.blocks()[:layers] and [group.repeats for group in first.stack.groups] == repeats
+    got = tiny.jit(lambda: model.forward(part, first, tokens[:, 5:], cache=kept, hidden=(layers,)))()
+    np.testing.assert_allclose(got.hidden[0], want.hidden[0], atol=1e-5)
+    wanted = params.abstract(model.spec(first))
+    assert unrolled or jax.tree.map(jnp.shape, part) == jax.tree.map(lambda leaf: leaf.shape, wanted)
+
+
+@pytest.mark.parametrize("layers", [0, 9])
+def test_a_prefix_has_no_more_layers_than_there_are(layers):
+    with pytest.raises(ValueError, match=f"1 to 8 layers, got {layers}"):
+        model.prefix(tiny.GROUPS, {"decoder": {"blocks": {}}}, None, layers)
+
+
 def test_at_chooses_tokens_and_the_head_may_be_left_out():
     cfg = tiny.LOCAL
     weights, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(3, 6)

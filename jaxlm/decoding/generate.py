@@ -382,7 +382,7 @@ class _Job:
         self.logprobs = logprobs
         self.drafter, self.rule, self.kept = None, None, drafter_state
         if drafter is not None and drafter != "none":
-            self.drafter = drafters.make(drafter, tree, model, batch)
+            self.drafter = drafters.make(drafter, tree, model, batch, self.dtype)
             self.rule = rules.make(rule, self.drafter)
         elif rule is not None or tree is not None or drafter_state is not None:
             raise ValueError("rule, tree and drafter_state are for speculation: name a drafter with them")

@@ -140,6 +140,24 @@ def first_of_top(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
     return jnp.min(jnp.where(logits == top, ids, logits.shape[-1] - 1), axis=-1)
 
 
+def distribution(logits: Float[Array, "B V"], settings: Settings) -> Float[Array, "B V"]:
+    """Log-probabilities of what `choose` draws: at temperature 0 those of its one token, 0 and -inf.
+
+    Args:
+      logits: after `penalise`.
+
+    Example:
+      >>> distribution(jnp.array([[1., 3., 2.]]), Settings()).tolist()
+      [[-inf, 0.0, -inf]]
+    """
+    logits = restrict(logits, settings)
+    sure = first_of_top(logits)[:, None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
+    certain = jnp.where(sure, 0.0, -jnp.inf)
+    if settings.temperature is None:
+        return certain
+    return jnp.where((settings.temperature > 0)[:, None], jax.nn.log_softmax(logits, axis=-1), certain)
+
+
 def choose(logits: Float[Array, "B V"], settings: Settings, keys: Key[Array, "B"],
            positions: Int[Array, "B"]) -> Int[Array, "B"]:
     """The next token: argmax of logits plus noise, which draws from their softmax; without noise at temperature 0.

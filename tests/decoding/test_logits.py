@@ -9,13 +9,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxlm.decoding.logits import Settings, choose, noise, penalise, reaching, restrict
+from jaxlm.decoding.logits import Settings, choose, distribution, noise, penalise, reaching, restrict
 from tests.decoding import oracle
 
 VOCABULARY, ROWS = 11, 3
 NEAR = 1e-5  # float32 sums and logarithms, against float64: closer calls than this may go either way
 
-fast = {fn: jax.jit(fn) for fn in (choose, penalise, reaching, restrict)}
+fast = {fn: jax.jit(fn) for fn in (choose, distribution, penalise, reaching, restrict)}
 
 # A grid of few values makes ties; -inf is what bans leave behind.
 VALUES = st.one_of(st.integers(-8, 8).map(lambda n: n / 2), st.just(-np.inf),
@@ -357,3 +357,16 @@ def test_restrict_without_sampling_is_nothing():
 def test_settings_know_whether_they_penalise(present):
     fields = dict(zip(("repetition", "presence", "frequency"), present, strict=True))
     assert settings(**{name: [1.5] for name, on in fields.items() if on}).penalised == any(present)
+
+
+@given(LOGITS, per_row(st.sampled_from([0.0, 0.5, 1.0, 2.0])), per_row(SHARE))
+def test_distribution_is_what_choose_draws_from(logits, temperature, p):
+    found = np.asarray(fast[distribution](jnp.asarray(logits), settings(temperature=temperature, top_p=p)))
+    filtered = np.asarray(fast[restrict](jnp.asarray(logits), settings(temperature=temperature, top_p=p)))
+    for row in range(ROWS):
+        if temperature[row] > 0:
+            np.testing.assert_allclose(np.exp(found[row]), oracle.softmax(filtered[row].astype(np.float64)), atol=1e-6)
+        else:
+            np.testing.assert_array_equal(np.exp(found[row]), np.eye(VOCABULARY)[np.argmax(logits[row])])
+    np.testing.assert_array_equal(fast[distribution](jnp.asarray(logits), Settings()),
+                                  np.where(np.eye(VOCABULARY)[np.argmax(logits, axis=1)] > 0, 0.0, -np.inf))

@@ -1,6 +1,7 @@
 """The programs on a tiny model in a directory: what they print, and how they say that something is wrong."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -86,14 +87,55 @@ def test_sampling_settings_reach_the_model(directory):
     assert tokens("--repetition-penalty", "5.0") != tokens()
 
 
+def test_speculation_says_what_it_did_and_changes_no_token(directory):
+    words = ("--model", str(directory), "--prompt", "ab", "--max-new-tokens", "24", "--raw", "--json")
+    plain = json.loads(run(generate, *words).splitlines()[-1])
+    result = json.loads(run(generate, *words, "--drafter", "recycling", "--tree", "5", "--rule", "match").splitlines()[-1])
+    loaded = jaxlm.load(directory)
+    expected = jaxlm.generate(loaded, ["ab"], 24, drafter="recycling", tree=5).speculation
+    assert plain["speculation"] is None and result["tokens"] == plain["tokens"]
+    found = result["speculation"]
+    assert found["drafter"] == "recycling" and found["exact"] == "tokens"
+    assert found["calls"] == expected.calls[0] and found["emitted"] == expected.emitted[0].tolist()
+    assert found["tokens_per_call"] == pytest.approx((len(result["tokens"]) - 1) / found["calls"])
+    assert found["sizes"] == {"5": found["calls"]}
+
+
+def test_statistics_name_speculation_and_its_loss(directory):
+    loaded = jaxlm.load(directory)
+    plain = jaxlm.generate(loaded, ["ab"], 8)
+    result = jaxlm.generate(loaded, ["ab"], 8, drafter="lookup")
+    assert "per call" not in generate.statistics(plain)
+    assert f"{result.speculation.tokens_per_call[0]:.2f} per call" in generate.statistics(result)
+    assert "lossy" not in generate.statistics(result)
+    lossy = dataclasses.replace(result, speculation=dataclasses.replace(result.speculation, exact="lossy"))
+    assert "lossy" in generate.statistics(lossy)
+
+
+def test_a_conversation_keeps_what_the_drafter_learned(directory, monkeypatch):
+    typed = iter(["hi", "you", ""])
+    results, states = [], []
+    answer = generate.answer
+
+    def spy(loaded, prompt, arguments, show, state):
+        states.append(state)
+        results.append(answer(loaded, prompt, arguments, show, state))
+        return results[-1]
+
+    monkeypatch.setattr("rich.console.Console.input", lambda *_: next(typed))
+    monkeypatch.setattr(generate, "answer", spy)
+    run(generate, "--model", str(directory), "--chat", "--max-new-tokens", "4", "--drafter", "recycling", "--tree", "5")
+    assert states[0] is None and states[1] is results[0].speculation.state
+
+
 def test_a_conversation_remembers(directory, monkeypatch):
     typed = iter(["hi", "you", ""])
     asked = []
     answer = generate.answer
 
-    def spy(loaded, prompt, arguments, show):
+    def spy(loaded, prompt, *rest):
         asked.append(loaded.tokenizer.decode(prompt))
-        return answer(loaded, prompt, arguments, show)
+        return answer(loaded, prompt, *rest)
 
     monkeypatch.setattr("rich.console.Console.input", lambda *_: next(typed))
     monkeypatch.setattr(generate, "answer", spy)
@@ -171,7 +213,11 @@ def test_the_demo_answers(directory, monkeypatch):
         demo.main("say [/bold] x", max_new_tokens=4)
     loaded = jaxlm.load(directory)
     expected = jaxlm.generate(loaded, [generate.ask(loaded.tokenizer, [{"role": "user", "content": "say [/bold] x"}])], 4)
-    assert "say [/bold] x" in out.getvalue() and expected.text[0] in out.getvalue() and "tokens/s" in out.getvalue()
+    assert "say [/bold] x" in out.getvalue() and "tokens/s" in out.getvalue()
+    assert out.getvalue().count(expected.text[0]) == 2  # decoded plainly, and by speculation
+    compared = out.getvalue().splitlines()[-8:]
+    assert any("tokens per call" in line and "1.00" in line for line in compared)
+    assert any("the same tokens" in line and "yes" in line for line in compared)
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -181,6 +227,7 @@ def test_the_demo_answers(directory, monkeypatch):
     (("--prompt", "a" * 200, "--raw"), "context is 128"),
     (("--prompt", "", "--raw"), "empty"),
     (("--prompt", "ab", "--top-p", "0"), "top_p"),
+    (("--prompt", "ab", "--tree", "4"), "name a drafter"),
 ])
 def test_generate_says_what_is_wrong(directory, flags, message):
     with pytest.raises(ValueError, match=message):
@@ -197,6 +244,6 @@ def test_as_a_process(directory):
     assert set(json.loads(good.stdout)) >= {"tokens", "text", "prefill_s", "decode_s", "tokens_per_s"}
     bad = process("infer.generate", "--model", str(directory / "nothing"), "--prompt", "ab")
     assert bad.returncode == 1 and bad.stderr.startswith("error:") and "Traceback" not in bad.stderr
-    for program in ("generate", "convert", "perplexity", "demo"):
+    for program in ("generate", "bench", "convert", "perplexity", "demo"):
         shown = process(f"infer.{program}", "--help")
         assert shown.returncode == 0 and "usage" in shown.stdout.lower()

@@ -21,6 +21,17 @@ from jaxlm.decoding.speculative.tree import Tree
 Exactness = Literal["tokens", "distribution", "lossy"]
 
 
+def subkeys(keys: Key[Array, "B"], positions: Int[Array, "B"], purpose: int) -> Key[Array, "B"]:
+    """Keys for one purpose at each row's absolute position, independent of every other purpose's and of `logits.noise`.
+
+    Args:
+      purpose: below 16 for drafters, from 16 on for rules.
+    """
+    def row(key: Key[Array, ""], at: Int[Array, ""]) -> Key[Array, ""]:
+        return jax.random.fold_in(jax.random.fold_in(key, at), purpose)
+    return jax.vmap(row)(keys, positions)
+
+
 @flax.struct.dataclass
 class Place:
     """Where the walk is: a node of every row and what the target says after it.

@@ -1,24 +1,72 @@
-"""Drafters: what proposes the tokens that a target verifies."""
+"""Drafters: what proposes the tokens that a target verifies.
 
+By name: "lookup", "recycling", any of them joined by "+" (a union in one tree), and "auto", the union with a size of tree chosen
+at every step from what the sizes cost on this device and the acceptance so far.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from jaxlm.decoding.speculative import cost
 from jaxlm.decoding.speculative import tree as trees
 from jaxlm.decoding.speculative.drafters.base import Drafter, Seen, Start, View
 from jaxlm.decoding.speculative.drafters.lookup import Lookup
 from jaxlm.decoding.speculative.drafters.recycling import ACCURACIES, Recycling
+from jaxlm.decoding.speculative.drafters.union import Union
 from jaxlm.decoding.speculative.tree import Template
+from jaxlm.model import Model
 
 
-def make(drafter: Any, tree: int | Template | None, model: Any, batch: int) -> Drafter:
+def _lookup(tree: int | Template | None) -> Drafter:
+    if isinstance(tree, Template):
+        raise ValueError("lookup proposes what it finds, in no fixed template: give a number of nodes as its tree")
+    return Lookup() if tree is None else Lookup(nodes=tree)
+
+
+def _recycling(tree: int | Template | None) -> Drafter:
+    if tree is None:
+        return Recycling()
+    return Recycling(tree if isinstance(tree, Template) else trees.best(ACCURACIES, tree))
+
+
+NAMES: dict[str, Callable[[int | Template | None], Drafter]] = {"lookup": _lookup, "recycling": _recycling}
+
+
+def make(drafter: str | Drafter, tree: int | Template | None, target: Model, batch: int, dtype: Any = None) -> Drafter:
+    """The drafter of this name, for a target and a number of rows.
+
+    Args:
+      drafter: a name, several joined by "+", "auto", or a drafter, which is given back.
+      tree: nodes of the tree, the root among them, or a template; None for the drafter's own. For "auto" the most nodes.
+      dtype: of the target's computation, in which "auto" measures it.
+
+    Raises:
+      ValueError: for a name that is none; a tree that the drafter cannot have, or that comes beside a drafter that has its own.
+    """
     if isinstance(drafter, Drafter):
+        if tree is not None:
+            raise ValueError(f"this {type(drafter).__name__} has a tree of its own: give the tree when it is made, not to generate")
         return drafter
-    if drafter == "lookup":
-        return Lookup() if tree is None else Lookup(nodes=tree)
-    if drafter == "recycling":
-        if tree is None:
-            return Recycling()
-        return Recycling(tree if isinstance(tree, Template) else trees.best(ACCURACIES, tree))
-    raise ValueError(drafter)
+    if not isinstance(drafter, str):
+        raise ValueError(f"drafter must be a name or a Drafter, got {drafter!r}")
+    if tree is not None and not isinstance(tree, Template) and (not isinstance(tree, int) or tree < 2):
+        raise ValueError(f"tree must be a number of nodes, at least 2 with the root, or a Template, got {tree!r}")
+    names = ["lookup", "recycling"] if drafter == "auto" else drafter.split("+")
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise ValueError(f"there is no drafter {unknown[0]!r}; there are {', '.join(NAMES)}, several joined by '+', and auto")
+    if drafter != "auto" and len(names) == 1:
+        return NAMES[names[0]](tree)
+    if isinstance(tree, Template):
+        raise ValueError("a union puts its nodes where they are likeliest, in no fixed template: give a number of nodes as its tree")
+    members = tuple(NAMES[name](None) for name in names)
+    if drafter != "auto":
+        return Union(members, (81 if tree is None else tree,))
+    sizes = cost.budgets(jax.tree.leaves(target.ready)[0].devices(), batch, 64 if tree is None else tree)
+    return Union(members, sizes, jnp.asarray(cost.measure(target, batch, sizes, dtype), jnp.float32))
 
 
-__all__ = ["Drafter", "Lookup", "Recycling", "Seen", "Start", "View", "make"]
+__all__ = ["NAMES", "Drafter", "Lookup", "Recycling", "Seen", "Start", "Union", "View", "make"]

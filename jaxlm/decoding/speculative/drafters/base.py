@@ -92,10 +92,14 @@ class Drafter:
       draws: how the children of a node are drawn from `Tree.logits`: "fixed" (not drawn, or with the target's own noise: no
         `Tree.logits`), "independent" (with replacement) or "distinct" (without, in the order of the nodes).
       reads_prompt: whether `init` wants the digest of the prompt's logits.
+      classes: how many classes the nodes of `candidates` fall into; 0 for drafters that cannot be part of a union.
+      priors: how often a node of each class is accepted where its parent is, before any was seen.
     """
 
     draws: ClassVar[str] = "fixed"
     reads_prompt: bool = False
+    classes: int = 0
+    priors: tuple[float, ...] = ()
 
     @property
     def nodes(self) -> int:
@@ -122,6 +126,10 @@ class Drafter:
 
     def propose(self, state: PyTree, view: View) -> tuple[Tree, PyTree]:
         """A tree of `nodes` nodes, whose first carries the last token."""
+        raise NotImplementedError
+
+    def candidates(self, state: PyTree, view: View) -> Tree:
+        """More nodes than a tree has room for, with their classes as `kinds`, for a union to choose from."""
         raise NotImplementedError
 
     def choose(self, state: PyTree, tree: Tree, view: View) -> Int[Array, ""]:

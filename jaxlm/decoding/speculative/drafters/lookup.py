@@ -7,11 +7,15 @@ into one tree here, and a copy that reaches the end of the text goes on with its
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from jaxlm.decoding.speculative import tree as trees
 from jaxlm.decoding.speculative.drafters.base import Drafter, View
 from jaxlm.decoding.speculative.tree import Tree
+
+# How often a copied token is accepted where 1, 2, ... tokens before it agree: SmolLM2-135M, 24 questions of Spec-Bench.
+PRIORS = (0.2, 0.37, 0.55, 0.59, 0.66, 0.72, 0.78, 0.86)
 
 
 @flax.struct.dataclass
@@ -74,7 +78,13 @@ class Lookup(Drafter):
         """Of nodes: by how many tokens agree up to the parent, and whether the match is the best one."""
         return 2 * self.longest
 
-    def candidates(self, view: View) -> Tree:
+    @property
+    def priors(self) -> tuple[float, ...]:
+        """Acceptance of each class before any was seen."""
+        best = np.interp(np.arange(self.longest), np.arange(len(PRIORS)), PRIORS)
+        return (*best.tolist(), *best.tolist())
+
+    def candidates(self, state: tuple[()], view: View) -> Tree:
         """All continuations, chain after chain, not merged."""
         history, last = view.history, view.length
         found = occurrences(history, last, self.longest, self.count)
@@ -94,7 +104,7 @@ class Lookup(Drafter):
 
     def propose(self, state: tuple[()], view: View) -> tuple[Tree, tuple[()]]:
         """The continuations as one tree."""
-        tree = trees.merge(self.candidates(view))
+        tree = trees.merge(self.candidates(state, view))
         # Longer agreement first, the best match before others, and each node before its children.
         shares = jnp.where(tree.kinds[..., 0] < self.longest, 0.9, 0.6)
         return trees.prune(tree, shares, self.nodes), state

@@ -1,0 +1,111 @@
+"""What a call of the target costs by the size of its tree: measured on the device at hand, or estimated for a chip.
+
+Up to the ridge of its roofline an accelerator is busy reading weights, and verifies a few nodes in the time of one; a CPU's ridge is
+low. Which sizes of tree are worth having follows from that, and from nothing else about the model.
+"""
+
+import dataclasses
+import math
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxlm import cache as caching
+from jaxlm import model
+from jaxlm.decoding.speculative import tree as trees
+from jaxlm.model import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What bounds a chip: `bandwidth` of its memory in bytes per second, `flops` of bfloat16 products per second."""
+
+    bandwidth: float
+    flops: float
+
+    @property
+    def ridge(self) -> float:
+        """Tokens per call up to which products of bfloat16 weights take no longer than reading them."""
+        return self.flops / self.bandwidth
+
+
+# As published by their makers; TPU kinds by jax's `device_kind`.
+CHIPS = {
+    "TPU v4": Chip(1.2e12, 2.75e14), "TPU v5 lite": Chip(8.1e11, 1.97e14), "TPU v5p": Chip(2.8e12, 4.59e14),
+    "TPU v6 lite": Chip(1.6e12, 9.2e14), "NVIDIA H200": Chip(4.8e12, 9.9e14),
+}
+
+
+def chip(kind: str) -> Chip | None:
+    """The chip of this `device_kind`, None for one that is not known."""
+    return next((one for name, one in CHIPS.items() if kind.startswith(name)), None)
+
+
+def roofline(one: Chip, weights: float, parameters: float, batch: int, sizes: tuple[int, ...],
+             cache: float = 0.0, chips: int = 1) -> np.ndarray:
+    """Seconds of a call with each size of tree, if the chip did nothing but its bound.
+
+    Args:
+      weights: bytes read per call, cache: bytes of committed keys and values read per call.
+      parameters: numbers that take part in products.
+      chips: among which all of it is evenly split.
+    """
+    read = (weights + cache) / (one.bandwidth * chips)
+    return np.array([max(read, 2 * parameters * batch * size / (one.flops * chips)) for size in sizes])
+
+
+def budgets(devices: Any, batch: int, most: int = 64) -> tuple[int, ...]:
+    """Sizes of tree worth compiling for: one node, which is plain decoding, and three powers of two up to what a call carries.
+
+    Example:
+      >>> budgets(jax.devices("cpu"), 1)
+      (1, 4, 8, 16)
+    """
+    device = next(iter(devices))
+    known = chip(device.device_kind)
+    # Rows of a product that a CPU takes in twice the time of one: see jaxlm.weight. Unknown accelerators are taken for small ones.
+    room = (16 if device.platform == "cpu" else 128 if known is None else known.ridge) / batch
+    largest = min(most, max(2, 2 ** int(math.log2(max(room, 2)))))
+    return tuple(sorted({1, *(max(largest // part, 2) for part in (4, 2, 1))}))
+
+
+@partial(jax.jit, static_argnames=("cfg", "slots", "dtype"))
+def _half_full(cfg: Any, params: PyTree, batch: Int[Array, "B"], slots: int, dtype: Any) -> caching.Cache:
+    out = model.forward(params, cfg, jnp.zeros((batch.shape[0], 1), jnp.int32), logits=False, dtype=dtype)
+    return caching.filled(out.kv, slots, jnp.full_like(batch, slots // 2))
+
+
+@partial(jax.jit, static_argnames=("cfg", "dtype"))
+def _call(cfg: Any, params: PyTree, tokens: Int[Array, "B P"], cache: caching.Cache,
+          dtype: Any) -> tuple[Float[Array, "B P"], PyTree]:
+    template = trees.chain(tokens.shape[1] - 1)
+    tree = trees.plant(template, tokens)
+    positions = cache.length[:, None] + jnp.asarray(template.depths)[None]
+    out = model.forward(params, cfg, tokens, positions=positions, mask=tree.ancestors(), cache=cache, dtype=dtype)
+    return jnp.max(out.logits, axis=-1), out.kv
+
+
+def measure(target: Model, batch: int, sizes: tuple[int, ...], dtype: Any = None, slots: int = 512,
+            turns: int = 5) -> tuple[float, ...]:
+    """Seconds of a call of the target with each size of tree: the best of a few turns, on a cache half full.
+
+    Measured once for a model, batch and sizes: see `Model.costs`.
+    """
+    key = (batch, sizes, str(dtype))
+    if key not in target.costs:
+        params, best = target.ready, [math.inf] * len(sizes)
+        with target.context():
+            cache = _half_full(target.config, params, jnp.zeros(batch, jnp.int32), min(slots, target.config.length), dtype)
+            for turn in range(turns + 1):  # the first compiles
+                for place, size in enumerate(sizes):
+                    began = time.perf_counter()
+                    jax.block_until_ready(_call(target.config, params, jnp.zeros((batch, size), jnp.int32), cache, dtype))
+                    if turn:
+                        best[place] = min(best[place], time.perf_counter() - began)
+        target.costs[key] = tuple(best)
+    return target.costs[key]

@@ -1,0 +1,142 @@
+"""Several drafters in one tree, and the choice of its size at every step.
+
+Every node that a drafter proposes belongs to one of its classes (the rank and weight of a recycled token, how many tokens agree
+before a copied one), and the acceptance of each class is counted as the text goes on. The products of those rates along the
+paths rank all nodes, so a budget is spent where acceptance is likely, whoever proposed it; and because the nodes are sorted,
+the first n are the best tree of n. `Auto` compares what each size of tree is worth with what it costs.
+"""
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxlm.decoding.speculative import tree as trees
+from jaxlm.decoding.speculative.drafters.base import Drafter, Seen, Start, View
+from jaxlm.decoding.speculative.tree import Tree
+
+# An estimate starts as if `_PRIOR` nodes of its class had been seen, and forgets: a node counts half after about 700 calls.
+_PRIOR, _KEEP = 16.0, 0.999
+
+
+class State(NamedTuple):
+    """Of a union.
+
+    Attributes:
+      members: the drafters' states.
+      tested: float32 [C], nodes of each class whose parent was accepted, older ones counting less.
+      accepted: float32 [C], those of them that were accepted.
+    """
+
+    members: tuple[PyTree, ...]
+    tested: Float[Array, " C"]
+    accepted: Float[Array, " C"]
+
+
+@flax.struct.dataclass
+class Union(Drafter):
+    """One tree of the nodes that its members rank highest together.
+
+    Attributes:
+      members: drafters with `candidates`, `classes` and `priors`.
+      budgets: sizes of tree in nodes, rising; the tree has the last.
+      costs: float32 [sizes], time of a call of the target with each, in any unit; None with one size.
+    """
+
+    members: tuple[Drafter, ...]
+    budgets: tuple[int, ...] = flax.struct.field(pytree_node=False, default=(16,))
+    costs: Float[Array, " n"] | None = None
+
+    @property
+    def nodes(self) -> int:
+        """The largest budget."""
+        return self.budgets[-1]
+
+    @property
+    def depth(self) -> int:
+        """The members' largest."""
+        return min(max(member.depth for member in self.members), self.nodes - 1)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The budgets."""
+        return self.budgets
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether a member does."""
+        return any(member.reads_prompt for member in self.members)
+
+    @property
+    def _offsets(self) -> np.ndarray:
+        """Where each member's classes begin among all."""
+        return np.cumsum([0, *(member.classes for member in self.members)])
+
+    def init(self, start: Start, kept: State | None) -> State:
+        """The members' states; rates of acceptance are those kept, or the members' priors."""
+        states = []
+        for place, member in enumerate(self.members):
+            own = None if kept is None else kept.members[place]
+            digest = start.digest[place] if member.reads_prompt else None
+            states.append(member.init(start.replace(digest=digest), own))
+        if kept is not None:
+            return State(tuple(states), kept.tested, kept.accepted)
+        priors = jnp.concatenate([jnp.asarray(member.priors, jnp.float32) for member in self.members])
+        return State(tuple(states), jnp.full_like(priors, _PRIOR), _PRIOR * priors)
+
+    def digest(self, logits: Float[Array, "B P V"]) -> tuple[PyTree, ...]:
+        """The members' digests."""
+        return tuple(member.digest(logits) for member in self.members)
+
+    def propose(self, state: State, view: View) -> tuple[Tree, State]:
+        """The members' candidates, merged and cut to the budget."""
+        drafts = [member.candidates(own, view) for member, own in zip(self.members, state.members, strict=True)]
+        total = len(self.members)
+
+        def classes(place: int, draft: Tree) -> Int[Array, "B P n"]:
+            own = jnp.where(draft.kinds >= 0, draft.kinds + int(self._offsets[place]), -1)
+            return jnp.pad(own, ((0, 0), (0, 0), (place, total - 1 - place)), constant_values=-1)
+
+        tokens, parents, kinds, count = [], [], [], 0
+        for place, draft in enumerate(drafts):
+            skip = 1 if place else 0  # all have the same root
+            shift = count - skip
+            tokens.append(draft.tokens[:, skip:])
+            above = jnp.broadcast_to(draft.parents, draft.tokens.shape)[:, skip:]
+            parents.append(jnp.where(above > 0, above + shift, above))
+            kinds.append(classes(place, draft)[:, skip:])
+            count += draft.nodes - skip
+        whole = trees.merge(Tree(jnp.concatenate(tokens, axis=1), jnp.concatenate(parents, axis=1),
+                                 max(draft.depth for draft in drafts), sum(draft.width for draft in drafts),
+                                 kinds=jnp.concatenate(kinds, axis=1)))
+        rates = state.accepted / state.tested
+        refused = jnp.where(whole.kinds >= 0, 1.0 - rates[jnp.maximum(whole.kinds, 0)], 1.0)
+        # Members that agree on a token are taken for independent witnesses.
+        shares = jnp.clip(1.0 - jnp.prod(refused, axis=2), 0.0, 0.999)
+        return trees.prune(whole, shares, self.nodes), state
+
+    def choose(self, state: State, tree: Tree, view: View) -> Int[Array, ""]:
+        """The budget with the most expected tokens per cost, over the rows that are not done."""
+        live = (~view.state.done)[:, None]
+        scores = jnp.where(live & tree.valid(), tree.scores, 0.0)
+        expected = jnp.stack([jnp.sum(scores[:, :size]) for size in self.budgets])
+        return jnp.argmax(expected / self.costs).astype(jnp.int32)
+
+    def observe(self, state: State, seen: Seen) -> State:
+        """The members observe for themselves; nodes below an accepted one are counted."""
+        states = tuple(member.observe(own, seen.replace(digest=seen.digest[place])) for place, (member, own)
+                       in enumerate(zip(self.members, state.members, strict=True)))
+        tree, visited = seen.tree, seen.visited()
+        tested = (tree.parents >= 0) & jnp.take_along_axis(visited, jnp.maximum(tree.parents, 0), axis=1)
+        # The token that was chosen after a visited node, whether or not the walk could go on to a child.
+        at = jnp.sum(tree.ancestors(), axis=-1, dtype=jnp.int32) - 2  # the depth of a node's parent
+        chosen = jnp.take_along_axis(seen.walk.tokens, jnp.maximum(jnp.broadcast_to(at, tree.tokens.shape), 0), axis=1)
+        accepted = tested & (tree.tokens == chosen)
+        kinds = jnp.where(tested[..., None], tree.kinds, -1)
+        hot = (kinds[..., None] == jnp.arange(state.tested.shape[0])[None, None, None]).astype(jnp.float32)
+        count = jnp.sum(hot, axis=(0, 1, 2))
+        hits = jnp.sum(hot * accepted[..., None, None].astype(jnp.float32), axis=(0, 1, 2))
+        return State(states, state.tested * _KEEP + count, state.accepted * _KEEP + hits)
