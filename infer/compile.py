@@ -1,8 +1,10 @@
 """Compiles a model's prefill and decoding loop for TPUs on a machine that has none, and says what the compiler made of them.
 
 python -m infer.compile --model configs/llama3_8b.py --topology v5e:2x2 --batch 8 --length 4096
+python -m infer.compile --model configs/llama3_8b.py --topology v6e:1x1 --batch 1 --weights int8 --drafter recycling --tree 32
 
-The real TPU compiler (libtpu) runs anywhere; nothing is executed and no weights are read. What is printed are its facts:
+With a drafter the loop is that of speculation, a step of it a call of the model on a tree, and the plain loop's step is
+printed beside it. The real TPU compiler (libtpu) runs anywhere; nothing is executed and no weights are read. What is printed are its facts:
 whether it fits, what a step reads and sends, whether the loop copies its cache. They are no measurement of speed.
 """
 
@@ -24,6 +26,7 @@ import math
 import pathlib
 import re
 import runpy
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -41,6 +44,10 @@ from jaxlm import config, params, sharding
 from jaxlm import model as models
 from jaxlm.decoding import generate, loop
 from jaxlm.decoding.logits import Settings
+from jaxlm.decoding.speculative import cost, drafters, rules
+from jaxlm.decoding.speculative import loop as speculation
+from jaxlm.decoding.speculative import tree as trees
+from jaxlm.decoding.speculative.drafters import Drafter, Union
 from jaxlm.io import families
 from jaxlm.weight import quantize
 
@@ -65,6 +72,10 @@ class Arguments:
     """How the slice is split: sizes of data, fsdp, model; -1 is what the others leave. Default: tensor parallel."""
     sample: bool = False
     """Draw tokens with temperature, top-k and top-p, in place of taking the likeliest."""
+    drafter: str = "none"
+    """Speculates: lookup, recycling, lookup+recycling, or auto, which chooses a tree's size by the chip's roofline."""
+    tree: str | None = None
+    """Nodes of a drafted tree, or chain:5 for five tokens in a row; default the drafter's own."""
     json: bool = False
     """Print one JSON object on the last line of standard output, and the table for people on standard error."""
 
@@ -125,6 +136,18 @@ def abstract_weights(cfg: config.Decoder, mesh: jax.sharding.Mesh, kind: str) ->
                         sharding.match(tree, spec, mesh))
 
 
+def read_tree(text: str | None) -> int | trees.Template | None:
+    """Raises:
+      ValueError: for what is neither a number of nodes nor a chain.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(chain:)?(\d+)", text)
+    if found is None:
+        raise ValueError(f"a tree is given as a number of nodes or as chain:5, got {text!r}")
+    return trees.chain(int(found[2])) if found[1] else int(found[2])
+
+
 def nbytes(tree: PyTree) -> int:
     """Bytes that abstract arrays take on each chip."""
     return sum(_shard(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -161,9 +184,10 @@ def usable_bytes(mesh: jax.sharding.Mesh) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What became of one program. `needed` is bytes per chip, by the compiler's error where it does not fit."""
+    """What became of one program, and its HLO as text. `needed` is bytes per chip, by the compiler's error where it does not fit."""
 
     compiled: Any
+    text: str | None
     needed: int
     temporary: int | None
     seconds: float
@@ -182,16 +206,22 @@ def build(lowered: Any) -> Program:
       jax.errors.JaxRuntimeError: for every failure but too little memory.
     """
     transfers, began = hlo.host_transfers(lowered.as_text()), time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        limits = out_of_memory(str(error))
-        if limits is None:
-            raise
-        return Program(None, limits[0], None, time.perf_counter() - began, transfers)
+    with tempfile.TemporaryDirectory() as folder:
+        # The compiler writes its text itself: jaxlib's own reading of it fails for instructions that jaxlib does not know.
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            limits = out_of_memory(str(error))
+            if limits is None:
+                raise
+            return Program(None, None, limits[0], None, time.perf_counter() - began, transfers)
+        seconds = time.perf_counter() - began
+        [written] = pathlib.Path(folder).glob("*.jit_*.after_optimizations.txt")
+        text = written.read_text(encoding="utf-8")
     memory = compiled.memory_analysis()
     needed = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
-    return Program(compiled, needed, memory.temp_size_in_bytes, time.perf_counter() - began, transfers)
+    return Program(compiled, text, needed, memory.temp_size_in_bytes, seconds, transfers)
 
 
 def least_bytes(cfg: config.Decoder, weights: PyTree, cache: PyTree, chips: int) -> int:
@@ -205,13 +235,17 @@ def least_bytes(cfg: config.Decoder, weights: PyTree, cache: PyTree, chips: int)
     return nbytes(tree) + stored // chips + (nbytes(embedding["tokens"]) if cfg.head.tied else 0)
 
 
-def least_flops(cfg: config.Decoder, batch: int, slots: int, chips: int) -> float:
-    """FLOPs per chip and step of the model's products alone, evenly split: one token a row against all slots."""
+def products(cfg: config.Decoder) -> int:
+    """Numbers of all the weights that take part in products."""
     spec = models.spec(cfg)["decoder"]
     matrices = dict(spec) | {"embedding": {"tokens": spec["embedding"]["tokens"]} if cfg.head.tied else {}}
-    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(matrices) if leaf.inputs)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(matrices) if leaf.inputs)
+
+
+def least_flops(cfg: config.Decoder, tokens: int, slots: int, chips: int) -> float:
+    """FLOPs per chip and step of the model's products alone, evenly split: so many tokens against all slots of a row each."""
     scores = sum(2 * block.attention.heads * block.attention.head_width * slots for block in cfg.stack.blocks())
-    return 2 * batch * (weights + scores) / chips
+    return 2 * tokens * (products(cfg) + scores) / chips
 
 
 def doubled(cfg: config.Decoder, group: int) -> config.Decoder:

@@ -16,6 +16,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast",
 # These only name or group buffers: no bytes move.
 _ENTERED = ("async-start", "call", "call-start", "conditional")  # the instructions within move the bytes
 _IDLE = ("after-all", "async-update", "bitcast", "constant", "get-tuple-element", "parameter", "tuple", "while", *_ENTERED)
+Lengths = Mapping[str, int] | None
 _SLICES = ("dynamic-slice", "gather", "slice", "slice-start")
 
 
@@ -196,24 +197,32 @@ class Module:
             raise ValueError(f"there should be one loop of unknown length in the entry computation, there are {len(found)}")
         return self.computations[found[0].attribute("body")]
 
-    def run(self, computation: Computation, times: int = 1) -> Iterator[tuple[Computation, Instruction, int]]:
+    def unseen(self, computation: Computation) -> list[Instruction]:
+        """The loops in a computation, but not within its loops, whose length cannot be seen."""
+        return [one for one in computation.instructions.values() if one.opcode == "while" and self.trips(computation, one) is None]
+
+    def run(self, computation: Computation, lengths: Lengths = None, times: int = 1) -> Iterator[tuple[Computation, Instruction, int]]:
         """Every instruction that runs as one, those in loops and branches within too, and how often. All branches count.
 
+        Args:
+          lengths: how often the loops run whose length cannot be seen, by name.
+
         Raises:
-          ValueError: for a loop within whose length cannot be seen; names it.
+          ValueError: for a loop within whose length can neither be seen nor is given; names it.
         """
         for one in computation.instructions.values():
             yield computation, one, times
             if one.opcode == "while":
                 trips = self.trips(computation, one)
+                trips = (lengths or {}).get(one.name) if trips is None else trips
                 if trips is None:
                     raise ValueError(f"how often the loop {one.name} in {computation.name} runs cannot be seen")
-                for part in ("condition", "body"):
-                    yield from self.run(self.computations[one.attribute(part)], times * trips)
+                for part in ("condition", "body") if trips else ():
+                    yield from self.run(self.computations[one.attribute(part)], lengths, times * trips)
             elif one.opcode in _ENTERED:
                 for names in re.findall(r"\b(?:calls|to_apply|\w+_computations?)=(\{[^}]*\}|\S+)", one.rest):
                     for name in re.findall(r"%([\w.\-]+)", names):
-                        yield from self.run(self.computations[name], times)
+                        yield from self.run(self.computations[name], lengths, times)
 
     def fused(self, one: Instruction) -> Computation | None:
         """What a fusion computes; None for other instructions."""
@@ -285,29 +294,29 @@ class Module:
         return min(total, size)
 
 
-def traffic(module: Module, computation: Computation) -> int:
+def traffic(module: Module, computation: Computation, lengths: Lengths = None) -> int:
     """Bytes to and from HBM in one run of a computation: what its instructions read and write of the arrays that lie there."""
-    return sum(times * size for where, one, times in module.run(computation)
+    return sum(times * size for where, one, times in module.run(computation, lengths)
                for shape, size in (*module.reads(where, one), *module.writes(where, one)) if shape.space == HBM)
 
 
-def copies(module: Module, computation: Computation, sizes: set[int]) -> Counter[int]:
+def copies(module: Module, computation: Computation, sizes: set[int], lengths: Lengths = None) -> Counter[int]:
     """How often arrays of as many numbers as one of `sizes` are written anew in one run, by the memory that they lie in.
 
     What is updated in place does not count. Copies in another type or order do: only the size is compared.
     """
     found: Counter[int] = Counter()
-    for where, one, times in module.run(computation):
+    for where, one, times in module.run(computation, lengths):
         for shape, written in module.writes(where, one):
             if shape.size in sizes and written == shape.nbytes:
                 found[shape.space] += times
     return found
 
 
-def collectives(module: Module, computation: Computation) -> dict[str, dict[str, int]]:
+def collectives(module: Module, computation: Computation, lengths: Lengths = None) -> dict[str, dict[str, int]]:
     """{kind: {"count", "bytes"}} in one run of a computation; bytes are those of the results on one chip."""
     found: dict[str, Counter[str]] = {kind: Counter() for kind in COLLECTIVES}
-    for _, instruction, times in module.run(computation):
+    for _, instruction, times in module.run(computation, lengths):
         inner = module.fused(instruction)
         for one in (instruction,) if inner is None else inner.instructions.values():
             kind = one.opcode.removesuffix("-start")

@@ -4,6 +4,7 @@ import codecs
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -110,4 +111,15 @@ def with_logits(logits, tokenizer=None):
     tree = zeros(model.spec(cfg))
     tree["decoder"]["embedding"]["positions"] = jnp.eye(LENGTH)
     tree["decoder"]["head"]["out"] = jnp.asarray(np.ascontiguousarray(logits.T), jnp.float32)
+    return model.Model(cfg, tree, tokenizer)
+
+
+def markov(successors, tokenizer=None):
+    """A model that knows only the last token: after `token` it says successors[token], after any other the token itself."""
+    cfg = dataclasses.replace(SCRIPTED, width=VOCABULARY, embedding=config.Embedding(VOCABULARY))
+    tree = jax.tree.map(lambda param: jnp.zeros(param.shape), model.spec(cfg))
+    after = np.arange(VOCABULARY)
+    after[list(successors)] = list(successors.values())
+    tree["decoder"]["embedding"]["tokens"] = jnp.eye(VOCABULARY)
+    tree["decoder"]["head"]["out"] = jnp.zeros((VOCABULARY, VOCABULARY)).at[after, np.arange(VOCABULARY)].set(50.0)
     return model.Model(cfg, tree, tokenizer)

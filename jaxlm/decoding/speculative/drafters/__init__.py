@@ -1,7 +1,8 @@
 """Drafters: what proposes the tokens that a target verifies.
 
-By name: "lookup", "recycling", any of them joined by "+" (a union in one tree), and "auto", the union with a size of tree chosen
-at every step from what the sizes cost on this device and the acceptance so far.
+By name: "lookup", "recycling", any of them joined by "+" (a union in one tree), "auto", the union with a size of tree chosen
+at every step from what the sizes cost on this device and the acceptance so far, and "layers:12", the target's first 12 layers.
+A `jaxlm.Model` drafts as a model; `model.draft_model` and `layers.first_layers` make such drafters with trees of other shapes.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,10 @@ import jax.numpy as jnp
 from jaxlm.decoding.speculative import cost
 from jaxlm.decoding.speculative import tree as trees
 from jaxlm.decoding.speculative.drafters.base import Drafter, Seen, Start, View
+from jaxlm.decoding.speculative.drafters.grow import CHAIN
+from jaxlm.decoding.speculative.drafters.layers import FirstLayers, first_layers
 from jaxlm.decoding.speculative.drafters.lookup import Lookup
+from jaxlm.decoding.speculative.drafters.model import DraftModel, draft_model
 from jaxlm.decoding.speculative.drafters.recycling import ACCURACIES, Recycling
 from jaxlm.decoding.speculative.drafters.union import Union
 from jaxlm.decoding.speculative.tree import Template
@@ -39,7 +43,8 @@ def make(drafter: str | Drafter, tree: int | Template | None, target: Model, bat
     """The drafter of this name, for a target and a number of rows.
 
     Args:
-      drafter: a name, several joined by "+", "auto", or a drafter, which is given back.
+      drafter: a name, several joined by "+", "auto", "layers:n", a model of the target's vocabulary, or a drafter, which is
+        given back.
       tree: nodes of the tree, the root among them, or a template; None for the drafter's own. For "auto" the most nodes.
       dtype: of the target's computation, in which "auto" measures it.
 
@@ -50,14 +55,21 @@ def make(drafter: str | Drafter, tree: int | Template | None, target: Model, bat
         if tree is not None:
             raise ValueError(f"this {type(drafter).__name__} has a tree of its own: give the tree when it is made, not to generate")
         return drafter
-    if not isinstance(drafter, str):
-        raise ValueError(f"drafter must be a name or a Drafter, got {drafter!r}")
+    if not isinstance(drafter, (str, Model)):
+        raise ValueError(f"drafter must be a name, a Model or a Drafter, got {drafter!r}")
     if tree is not None and not isinstance(tree, Template) and (not isinstance(tree, int) or tree < 2):
         raise ValueError(f"tree must be a number of nodes, at least 2 with the root, or a Template, got {tree!r}")
+    if isinstance(drafter, Model):
+        return draft_model(drafter, CHAIN if tree is None else tree)
+    if drafter.startswith("layers:"):
+        count = drafter.removeprefix("layers:")
+        if not count.isdecimal():
+            raise ValueError(f"the first layers draft as layers:12, with their number, got {drafter!r}")
+        return first_layers(target, int(count), CHAIN if tree is None else tree, dtype)
     names = ["lookup", "recycling"] if drafter == "auto" else drafter.split("+")
     unknown = [name for name in names if name not in NAMES]
     if unknown:
-        raise ValueError(f"there is no drafter {unknown[0]!r}; there are {', '.join(NAMES)}, several joined by '+', and auto")
+        raise ValueError(f"there is no drafter {unknown[0]!r}; there are {', '.join(NAMES)}, several joined by '+', auto and layers:12")
     if drafter != "auto" and len(names) == 1:
         return NAMES[names[0]](tree)
     if isinstance(tree, Template):
@@ -69,4 +81,5 @@ def make(drafter: str | Drafter, tree: int | Template | None, target: Model, bat
     return Union(members, sizes, jnp.asarray(cost.measure(target, batch, sizes, dtype), jnp.float32))
 
 
-__all__ = ["NAMES", "Drafter", "Lookup", "Recycling", "Seen", "Start", "Union", "View", "make"]
+__all__ = ["NAMES", "DraftModel", "Drafter", "FirstLayers", "Lookup", "Recycling", "Seen", "Start", "Union", "View", "draft_model",
+           "first_layers", "make"]

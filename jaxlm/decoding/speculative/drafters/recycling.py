@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlm import sharding
 from jaxlm.decoding.logits import noise
 from jaxlm.decoding.speculative import tree as trees
 from jaxlm.decoding.speculative.drafters.base import Drafter, Seen, Start, View
@@ -34,8 +35,8 @@ class Successors(NamedTuple):
     logits: Float[Array, "*B K"]
 
 
-def likeliest(logits: Float[Array, "*B V"], count: int) -> Successors:
-    """The `count` largest logits: those of the `count` blocks with the largest maxima hold them all, so few are sorted."""
+def _largest(logits: Float[Array, "*B V"], count: int) -> Successors:
+    """The `count` largest: those of the `count` blocks with the largest maxima hold them all, so few are sorted."""
     block = 128
     wide = jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % block)], constant_values=-jnp.inf)
     wide = wide.reshape(*logits.shape[:-1], -1, block)
@@ -44,6 +45,25 @@ def likeliest(logits: Float[Array, "*B V"], count: int) -> Successors:
     values, places = jax.lax.top_k(near, count)
     ids = jnp.take_along_axis(rows, places // block, axis=-1) * block + places % block
     return Successors(ids, values)
+
+
+def likeliest(logits: Float[Array, "B *P V"], count: int) -> Successors:
+    """The `count` largest logits."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = ("batch", *[None] * (logits.ndim - 2), "vocab")
+    split = None if mesh.empty else sharding.partition(axes, logits.shape, mesh.shape)
+    if split is None or split[-1] is None:
+        return _largest(logits, count)
+
+    # Each device's own first: a search among all would gather the logits on every device.
+    def own(part: Float[Array, "B *P V"]) -> Successors:
+        found = _largest(part, min(count, part.shape[-1]))
+        return found._replace(ids=found.ids + jax.lax.axis_index(split[-1]) * part.shape[-1])
+
+    found = jax.shard_map(own, in_specs=split, out_specs=Successors(split, split), check_vma=False)(logits)
+    found = jax.tree.map(lambda leaf: sharding.constrain(leaf, (*axes[:-1], None)), found)
+    values, places = jax.lax.top_k(found.logits, count)
+    return Successors(jnp.take_along_axis(found.ids, places, axis=-1), values)
 
 
 @flax.struct.dataclass

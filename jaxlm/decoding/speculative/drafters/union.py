@@ -44,11 +44,23 @@ class Union(Drafter):
       members: drafters with `candidates`, `classes` and `priors`.
       budgets: sizes of tree in nodes, rising; the tree has the last.
       costs: float32 [sizes], time of a call of the target with each, in any unit; None with one size.
+
+    Raises:
+      ValueError: for members that cannot be part of a union, or budgets and costs that do not fit.
     """
 
     members: tuple[Drafter, ...]
     budgets: tuple[int, ...] = flax.struct.field(pytree_node=False, default=(16,))
     costs: Float[Array, " n"] | None = None
+
+    def __post_init__(self) -> None:
+        single = [type(member).__name__ for member in self.members if isinstance(member, Drafter) and not member.classes]
+        if single:
+            raise ValueError(f"{single[0]} has no classes of candidates and cannot be part of a union")
+        if list(self.budgets) != sorted(set(self.budgets)) or self.budgets[0] < 1 or self.nodes < 2:
+            raise ValueError(f"budgets are rising sizes of tree, the largest at least 2 nodes, got {self.budgets}")
+        if (self.costs is None) != (len(self.budgets) == 1):
+            raise ValueError(f"a union of {len(self.budgets)} sizes of tree needs as many costs, and one of a single size none")
 
     @property
     def nodes(self) -> int:
