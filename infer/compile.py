@@ -3,9 +3,9 @@
 python -m infer.compile --model configs/llama3_8b.py --topology v5e:2x2 --batch 8 --length 4096
 python -m infer.compile --model configs/llama3_8b.py --topology v6e:1x1 --batch 1 --weights int8 --drafter recycling --tree 32
 
-With a drafter the loop is that of speculation, a step of it a call of the model on a tree, and the plain loop's step is
-printed beside it. The real TPU compiler (libtpu) runs anywhere; nothing is executed and no weights are read. What is printed are its facts:
-whether it fits, what a step reads and sends, whether the loop copies its cache. They are no measurement of speed.
+The real TPU compiler (libtpu) runs anywhere; nothing is executed and no weights are read. What is printed are its facts:
+whether it fits, what a step reads and sends, whether the loop copies its cache. They are no measurement of speed. With a
+drafter the loop is that of speculation, a step of it a call of the model on a tree, and the plain loop's is set beside it.
 """
 
 import os
@@ -184,7 +184,7 @@ def usable_bytes(mesh: jax.sharding.Mesh) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What became of one program, and its HLO as text. `needed` is bytes per chip, by the compiler's error where it does not fit."""
+    """What became of one program: `text` is its HLO, `needed` bytes per chip, by the compiler's error where it does not fit."""
 
     compiled: Any
     text: str | None
@@ -261,7 +261,7 @@ class Check:
 
     def __init__(self, arguments: Arguments):
         """Raises:
-          ValueError: for sizes that are not positive, or lengths that do not fit each other or the model.
+          ValueError: for sizes that are not positive, lengths that do not fit each other or the model, or an unknown drafter.
         """
         self.arguments, self.config = arguments, read_config(arguments.model)
         batch, length, context = arguments.batch, arguments.length, self.config.length
@@ -272,13 +272,41 @@ class Check:
             raise ValueError(f"it must hold that 1 <= prompt ({prompt}) < length ({length}) <= the model's context ({context})")
         self.mesh = make_mesh(arguments.topology, arguments.mesh)
         self.prompt = min(generate.bucket(prompt), context)
-        self.slots = max(generate.bucket(length, 64), self.prompt)
         self.capacity = generate.bucket(length - prompt)
         row = jax.ShapeDtypeStruct((batch,), jnp.int32)
         number = jax.ShapeDtypeStruct((batch,), jnp.float32)
         settings = Settings(temperature=number, top_k=row, top_p=number) if arguments.sample else Settings()
         keys = jax.eval_shape(lambda: generate.row_keys(0, batch))
         self.request = loop.Request(keys, row, jax.ShapeDtypeStruct((4,), jnp.int32), settings, None, None)
+        self.seconds: tuple[float, ...] = ()
+        self.drafter = None if arguments.drafter == "none" else self._drafter(arguments.drafter, read_tree(arguments.tree))
+        if self.drafter is None and arguments.tree is not None:
+            raise ValueError("a tree is for speculation: name a drafter with it")
+
+    def _drafter(self, name: str, tree: int | trees.Template | None) -> Drafter:
+        """As generation makes it; where that measures what a call costs, the chip's roofline stands in, kept as `seconds`."""
+        if name == "auto":
+            if isinstance(tree, trees.Template):
+                raise ValueError("auto puts its nodes where they are likeliest, in no fixed template: give a number of nodes")
+            device, batch = self.mesh.devices.flat[0], self.arguments.batch
+            if (chip := cost.chip(device.device_kind)) is None:
+                raise ValueError(f"auto needs the bandwidth and FLOP/s of {device.device_kind!r}, which are known of "
+                                 f"{', '.join(cost.CHIPS)} only")
+            sizes = cost.budgets([device], batch, 64 if tree is None else tree)
+            cache = caching.spec(self.config.stack, batch, generate.bucket(self.arguments.length, 64), jnp.bfloat16)
+            chips = self.mesh.size
+            read = least_bytes(self.config, self.weights(self.config), cache.layers, chips) * chips
+            self.seconds = tuple(cost.roofline(chip, read, products(self.config), batch, sizes, chips=chips).tolist())
+            made = Union((drafters.Lookup(), drafters.Recycling()), sizes, jnp.asarray(self.seconds, jnp.float32))
+        else:
+            made = drafters.make(name, tree, None, self.arguments.batch)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), made)
+
+    @property
+    def slots(self) -> int:
+        """Of the cache, as generation has them: what a call rejects is written behind the last token."""
+        slack = 0 if self.drafter is None else self.drafter.depth
+        return max(generate.bucket(self.arguments.length + slack, 64), self.prompt)
 
     def weights(self, cfg: config.Decoder) -> PyTree:
         """Abstract weights on the mesh."""
@@ -291,24 +319,29 @@ class Check:
     def prefill(self, cfg: config.Decoder) -> Any:
         """The prefill, lowered for the slice."""
         return generate._prefill.lower(generate.Forward(cfg, None), self.weights(cfg), *self._prompts(), self.slots,
-                                       self.capacity, False)
+                                       self.capacity, False, self.drafter)
 
-    def state(self, cfg: config.Decoder, compiled: Any = None) -> loop.State:
+    def state(self, cfg: config.Decoder, compiled: Any = None) -> loop.State | speculation.State:
         """What the prefill gives, as shapes: split as its compiled program splits it, else as `jaxlm.sharding` says."""
         step = functools.partial(generate._prefill, generate.Forward(cfg, None), slots=self.slots, capacity=self.capacity,
                                  logprobs=False)
-        shapes = jax.eval_shape(step, self.weights(cfg), *self._prompts())
+        shapes = jax.eval_shape(step, self.weights(cfg), *self._prompts(), drafter=self.drafter)
 
         def place(leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-            axes = caching.AXES if leaf.ndim == len(caching.AXES) else ("batch", None)[:leaf.ndim]
+            axes = (None,) * leaf.ndim
+            if leaf.ndim == len(caching.AXES):
+                axes = caching.AXES
+            elif leaf.shape[0] == self.arguments.batch:
+                axes = ("batch", None)[:leaf.ndim]
             return jax.sharding.NamedSharding(self.mesh, sharding.partition(axes, leaf.shape, self.mesh.shape))
         places = jax.tree.map(place, shapes) if compiled is None else compiled.output_shardings
         return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
 
-    def decode(self, cfg: config.Decoder, state: loop.State) -> Any:
+    def decode(self, cfg: config.Decoder, state: loop.State | speculation.State) -> Any:
         """The loop, lowered for the slice."""
+        rule = None if self.drafter is None else rules.make(None, self.drafter)
         return generate._run.lower(generate.Forward(cfg, None), self.weights(cfg), state, self.request,
-                                   jax.ShapeDtypeStruct((), jnp.int32))
+                                   jax.ShapeDtypeStruct((), jnp.int32), self.drafter, rule)
 
     def flops(self, compiled: Any) -> float:
         """FLOPs per step and chip by the compiler's count, which takes the body of a loop once.
@@ -324,17 +357,31 @@ class Check:
                 total += (group.repeats - 1) * (again - first)
         return total
 
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Makes the mesh current, where there is one."""
+        return contextlib.nullcontext() if self.mesh.size == 1 else jax.set_mesh(self.mesh)
+
+    def step(self) -> dict[str, Any]:
+        """What a step of the plain loop takes, for comparison with a call of speculation; empty where it does not fit."""
+        with self.context():
+            state = self.state(self.config)
+            decode = build(self.decode(self.config, state))
+            facts = {} if decode.compiled is None else self.facts(decode, state)[0]
+        return {name: facts[name] for name in ("bytes_per_step", "flops_per_step") if name in facts}
+
     def run(self) -> dict[str, Any]:
         """Everything that the program prints; bytes, FLOPs and collectives are those of one chip."""
-        cfg, chips = self.config, self.mesh.size
-        with contextlib.nullcontext() if chips == 1 else jax.set_mesh(self.mesh):
+        cfg, chips, drafter = self.config, self.mesh.size, self.drafter
+        sizes = (1,) if drafter is None else drafter.sizes
+        with self.context():
             prefill = build(self.prefill(cfg))
             state = self.state(cfg, prefill.compiled)
             decode = build(self.decode(cfg, state))
-            facts = {} if decode.compiled is None else self.facts(decode.compiled, state)
+            facts = [] if decode.compiled is None else self.facts(decode, state)
+        layers = (state if drafter is None else state.plain).cache.layers
         weights, usable = self.weights(cfg), usable_bytes(self.mesh)
         needed = max(prefill.needed, decode.needed)
-        return {
+        result = {
             "model": str(self.arguments.model), "parameters": params.count(models.spec(cfg)),
             "topology": self.arguments.topology, "device": self.mesh.devices.flat[0].device_kind, "chips": chips,
             "mesh": {axis: size for axis, size in self.mesh.shape.items() if size > 1},
@@ -342,46 +389,79 @@ class Check:
             "sample": self.arguments.sample,
             "fits": prefill.compiled is not None and decode.compiled is not None,
             "headroom_bytes": usable - needed, "usable_bytes": usable, "weight_bytes": nbytes(weights),
-            "cache_bytes": nbytes(state.cache.layers),
+            "cache_bytes": nbytes(layers),
             "temporary_bytes": max((one.temporary for one in (prefill, decode) if one.temporary is not None), default=None),
             "prefill": prefill.summary(), "decode": decode.summary(),
-            "minimum_bytes_per_step": least_bytes(cfg, weights, state.cache.layers, chips),
-            "minimum_flops_per_step": least_flops(cfg, self.arguments.batch, self.slots, chips),
-            **facts,
+            "minimum_bytes_per_step": least_bytes(cfg, weights, layers, chips),
+            "minimum_flops_per_step": least_flops(cfg, self.arguments.batch * sizes[-1], self.slots, chips),
+            **(facts[-1] if facts else {}),
             "host_callbacks": prefill.host_transfers + decode.host_transfers,
             "compile_s": prefill.seconds + decode.seconds,
             "jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"),
         }
+        if drafter is None:
+            return result
+        plain = Check(dataclasses.replace(self.arguments, drafter="none", tree=None)).step()
+        calls = [{
+            "nodes": nodes,
+            "scratch_bytes": nbytes(layers) // self.slots * nodes,
+            "minimum_flops_per_step": least_flops(cfg, self.arguments.batch * nodes, self.slots, chips),
+        } for nodes in sizes]
+        for call, found in zip(calls, facts, strict=bool(facts)):
+            call |= {name: value for name, value in found.items() if name in PER_CALL}
+        for call, estimate in zip(calls, self.seconds, strict=bool(self.seconds)):
+            call["roofline_s"] = estimate
+        return result | {"drafter": self.arguments.drafter, "depth": drafter.depth, "calls": calls, "plain": plain}
 
-    def facts(self, compiled: Any, state: loop.State) -> dict[str, Any]:
-        """What the text of the compiled loop says of one step on one chip.
+    def facts(self, program: Program, state: loop.State | speculation.State) -> list[dict[str, Any]]:
+        """What the text of the compiled loop says of one step on one chip, for each size of tree.
 
-        Raises:
-          ValueError: when jaxlib cannot read what libtpu compiled.
+        A walk along a tree counts as one node: what it does per node is next to nothing. FLOPs are there for one size alone,
+        as the compiler adds up those of several.
         """
-        try:
-            text = compiled.as_text()
-        except jax.errors.JaxRuntimeError as error:
-            versions = {name: importlib.metadata.version(name) for name in ("libtpu", "jaxlib")}
-            raise ValueError(f"jaxlib {versions['jaxlib']} cannot read what libtpu {versions['libtpu']} compiled: they do not "
-                             "belong together; pip install 'jax[tpu]' gives a pair that does") from error
-        module = hlo.Module(text)
-        body = module.loop()
-        leaves = jax.tree.leaves(state.cache.layers)
+        module = hlo.Module(program.text)
+        body, count = module.loop(), 1 if self.drafter is None else len(self.drafter.sizes)
+        leaves = jax.tree.leaves((state if self.drafter is None else state.plain).cache.layers)
         whole = {_shard(leaf) for leaf in leaves}
-        copies = hlo.copies(module, body, whole)
-        layer_copies = hlo.copies(module, body, {_shard(leaf) // leaf.shape[0] for leaf in leaves} - whole)
-        return {
-            "bytes_per_step": hlo.traffic(module, body),
-            "flops_per_step": self.flops(compiled),
-            "collectives": hlo.collectives(module, body),
-            "cache_copies": copies[hlo.HBM],
-            "layer_copies": layer_copies[hlo.HBM],
-            "copies_on_chip": copies.total() + layer_copies.total() - copies[hlo.HBM] - layer_copies[hlo.HBM],
-            "cache_in_place": compiled.memory_analysis().alias_size_in_bytes >= nbytes(state.cache.layers),
-            "entry_copy_bytes": sum(size for one in module.entry.instructions.values()
-                                    for shape, size in module.writes(module.entry, one) if shape.space == hlo.HBM),
-        }
+        layer = {_shard(leaf) // leaf.shape[0] for leaf in leaves} - whole
+        flops = {"flops_per_step": self.flops(program.compiled)} if count == 1 else {}
+        out = []
+        for lengths in branches(module, body, count):
+            copies, layer_copies = (hlo.copies(module, body, numbers, lengths) for numbers in (whole, layer))
+            out.append({
+                "bytes_per_step": hlo.traffic(module, body, lengths),
+                **flops,
+                "collectives": hlo.collectives(module, body, lengths),
+                "cache_copies": copies[hlo.HBM],
+                "layer_copies": layer_copies[hlo.HBM],
+                "copies_on_chip": copies.total() + layer_copies.total() - copies[hlo.HBM] - layer_copies[hlo.HBM],
+                "cache_in_place": program.compiled.memory_analysis().alias_size_in_bytes >= sum(map(nbytes, leaves)),
+                "entry_copy_bytes": sum(size for one in module.entry.instructions.values()
+                                        for shape, size in module.writes(module.entry, one) if shape.space == hlo.HBM),
+            })
+        return out
+
+
+PER_CALL = ("bytes_per_step", "flops_per_step", "collectives", "cache_copies", "layer_copies", "copies_on_chip")
+
+
+def branches(module: hlo.Module, body: hlo.Computation, count: int) -> list[dict[str, int]]:
+    """For each of `count` sizes of tree how often the loops in the body run whose length cannot be seen.
+
+    Of several sizes each is a loop of its own, in their order, that runs once where the others do not run. Within them, or
+    with one size in the body itself, stand walks.
+
+    Raises:
+      ValueError: when there are not as many loops as sizes.
+    """
+    outer = module.unseen(body)
+    if count == 1:
+        return [{one.name: 1 for one in outer}]
+    if len(outer) != count:
+        raise ValueError(f"the loop has {count} sizes of tree, but {len(outer)} loops of unknown length stand in it")
+    none = {one.name: 0 for one in outer}
+    return [none | {one.name: 1} | {walk.name: 1 for walk in module.unseen(module.computations[one.attribute("body")])}
+            for one in outer]
 
 
 def size(count: float) -> str:
@@ -400,17 +480,42 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
         one = result[name]
         temporary = f"{size(one['temporary_bytes'])} of it temporary" if one["fits"] else "which does not fit"
         yield f"{name} a chip", f"{size(one['needed_bytes'])} in all, {temporary}; compiled in {one['compile_s']:.1f} s"
+    for call in result.get("calls", ()):
+        yield from call_rows(result, call)
     if "bytes_per_step" in result:
-        for name, unit, scale in (("bytes", "GB", 1e9), ("flops", "GFLOP", 1e9)):
-            took, least = result[f"{name}_per_step"], result[f"minimum_{name}_per_step"]
-            yield f"{name} a step and chip", f"{took / scale:.3f} {unit}, {took / least:.3f} of the model's minimum"
-        sent = [f"{one['count']} {kind} of {size(one['bytes'])}" for kind, one in result["collectives"].items()]
-        yield "collectives a step", ", ".join(sent) or "none"
+        if "calls" not in result:
+            for name, unit in (("bytes", "GB"), ("flops", "GFLOP")):
+                took, least = result[f"{name}_per_step"], result[f"minimum_{name}_per_step"]
+                yield f"{name} a step and chip", f"{took / 1e9:.3f} {unit}, {took / least:.3f} of the model's minimum"
+            yield from copy_rows(result)
         yield "cache written in place", "yes" if result["cache_in_place"] else "NO: the state that is given up is not reused"
-        yield "cache copies in the loop", str(result["cache_copies"])
-        yield "layer copies in the loop", f"{result['layer_copies']}, and {result['copies_on_chip']} to memory on the chip"
         yield "laid out anew before the loop", size(result["entry_copy_bytes"])
     yield "host callbacks", str(result["host_callbacks"])
+
+
+def call_rows(result: dict[str, Any], call: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Of one size of tree."""
+    nodes, plain = call["nodes"], result["plain"]
+    estimate = f"; {call['roofline_s'] * 1e3:.2f} ms by the roofline, not measured" if "roofline_s" in call else ""
+    yield f"a call on {nodes} nodes", f"{size(call['scratch_bytes'])} of their own keys and values{estimate}"
+    for name, unit in (("bytes", "GB"), ("flops", "GFLOP")):
+        if f"{name}_per_step" in call:
+            took = call[f"{name}_per_step"]
+            least = call.get(f"minimum_{name}_per_step", result[f"minimum_{name}_per_step"])
+            beside = f", {took / plain[f'{name}_per_step']:.2f} times the plain step's" if plain else ""
+            yield f"  {name} a chip", (f"{took / 1e9:.3f} {unit}, {took / nodes / 1e9:.3f} a node{beside}, "
+                                       f"{took / least:.3f} of the model's minimum")
+    if "collectives" in call:
+        for name, text in copy_rows(call):
+            yield f"  {name}", text
+
+
+def copy_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a step sends and copies."""
+    sent = [f"{one['count']} {kind} of {size(one['bytes'])}" for kind, one in facts["collectives"].items()]
+    yield "collectives a step", ", ".join(sent) or "none"
+    yield "cache copies in the loop", str(facts["cache_copies"])
+    yield "layer copies in the loop", f"{facts['layer_copies']}, and {facts['copies_on_chip']} to memory on the chip"
 
 
 def main(arguments: Arguments) -> None:
@@ -421,7 +526,8 @@ def main(arguments: Arguments) -> None:
         result = check.run()
     split = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items()) or "one chip"
     title = (f"{arguments.model} on {arguments.topology} ({split}), {result['weights']}, batch {result['batch']}, "
-             f"{result['length']} tokens, prompts padded to {result['prompt']}")
+             f"{result['length']} tokens, prompts padded to {result['prompt']}"
+             + (f", drafter {result['drafter']}" if "drafter" in result else ""))
     table = Table(title=title, show_header=False, title_justify="left")
     for row in rows(result):
         table.add_row(*row)

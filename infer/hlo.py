@@ -191,17 +191,18 @@ class Module:
         Raises:
           ValueError: when there is none, or several.
         """
-        loops = [one for one in self.entry.instructions.values() if one.opcode == "while"]
-        found = [one for one in loops if self.trips(self.entry, one) is None]
+        found = self.unseen(self.entry)
         if len(found) != 1:
             raise ValueError(f"there should be one loop of unknown length in the entry computation, there are {len(found)}")
         return self.computations[found[0].attribute("body")]
 
     def unseen(self, computation: Computation) -> list[Instruction]:
         """The loops in a computation, but not within its loops, whose length cannot be seen."""
-        return [one for one in computation.instructions.values() if one.opcode == "while" and self.trips(computation, one) is None]
+        loops = [one for one in computation.instructions.values() if one.opcode == "while"]
+        return [one for one in loops if self.trips(computation, one) is None]
 
-    def run(self, computation: Computation, lengths: Lengths = None, times: int = 1) -> Iterator[tuple[Computation, Instruction, int]]:
+    def run(self, computation: Computation, lengths: Lengths = None,
+            times: int = 1) -> Iterator[tuple[Computation, Instruction, int]]:
         """Every instruction that runs as one, those in loops and branches within too, and how often. All branches count.
 
         Args:

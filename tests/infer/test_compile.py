@@ -87,15 +87,57 @@ def test_sampling_stays_split_over_the_vocabulary(tiny):
     assert sums["bytes"] / sums["count"] < 8 * 384 * 2, "logits went over the wire"
 
 
-def test_too_little_memory_is_a_result(tmp_path):
+@pytest.mark.parametrize("batch, arguments", [
+    (8, ("recycling", "--tree", "chain:3")), pytest.param(1, ("lookup", "--tree", "8"), marks=pytest.mark.slow)])
+def test_speculation_on_four_chips(tiny, batch, arguments):
+    result, table = run("--model", tiny[128], "--topology", "v5e:2x2", "--batch", batch, "--length", 4096, "--prompt", 120,
+                        "--drafter", *arguments)
+    assert good(result)
+    nodes = 4 if "recycling" in arguments else 8
+    assert result["depth"] == nodes - 1
+    assert result["length"] == 5120, "what is rejected is written behind the last token"
+    [call] = result["calls"]
+    assert call["nodes"] == nodes
+    assert call["scratch_bytes"] == 3 * batch * 4 * nodes * 128 * 2 * 2 // 4
+    # The cache is read as often as for one token, and the plain loop's is a quarter smaller.
+    assert result["plain"]["bytes_per_step"] < call["bytes_per_step"] < 2 * result["plain"]["bytes_per_step"]
+    if batch == 8:  # a single row's products become sums, of which the compiler counts every conversion
+        assert 1 <= call["flops_per_step"] / call["minimum_flops_per_step"] < 1.1
+        assert nodes <= call["flops_per_step"] / result["plain"]["flops_per_step"] < 1.25 * nodes
+    gathered = call["collectives"].get("all-gather", {"bytes": 0})["bytes"]
+    assert gathered < batch * nodes * 1280 // 4 * 4, "logits went over the wire"
+    assert f"a call on {nodes} nodes" in table
+
+
+@pytest.mark.slow
+def test_every_size_of_tree_is_told_apart(tiny):
+    result, table = run("--model", tiny[128], "--topology", "v5e:1x1", "--batch", 8, "--length", 4096, "--drafter", "auto",
+                        "--tree", 4, "--prompt", 120)
+    assert good(result)
+    calls = result["calls"]
+    assert [call["nodes"] for call in calls] == [1, 2, 4]
+    for fewer, more in zip(calls, calls[1:], strict=False):
+        assert fewer["scratch_bytes"] < more["scratch_bytes"]
+        assert fewer["bytes_per_step"] < more["bytes_per_step"] < 1.5 * fewer["bytes_per_step"]
+        assert fewer["roofline_s"] <= more["roofline_s"]
+    # One node is plain decoding.
+    assert calls[0]["bytes_per_step"] < 1.5 * result["plain"]["bytes_per_step"]
+    assert "by the roofline, not measured" in table
+
+
+@pytest.mark.parametrize("drafter", ["none", "recycling"])
+def test_too_little_memory_is_a_result(tmp_path, drafter):
     path = tmp_path / "huge.py"
     path.write_text(TINY.format(head=128).replace("* 3", "* 3000").replace("Dense(640)", "Dense(65536)"))
-    result, table = run("--model", path, "--topology", "v5e:1x1", "--length", 256)
+    result, table = run("--model", path, "--topology", "v5e:1x1", "--length", 256, "--drafter", drafter)
     assert not result["fits"] and not result["prefill"]["fits"] and not result["decode"]["fits"]
     assert result["weight_bytes"] > 2**34
     assert result["headroom_bytes"] == pytest.approx(result["usable_bytes"] - result["weight_bytes"], rel=0.1)
     assert "too much" in table
     assert "cache_copies" not in result
+    if drafter != "none":
+        assert result["plain"] == {}
+        assert [set(call) for call in result["calls"]] == [{"nodes", "scratch_bytes", "minimum_flops_per_step"}]
 
 
 def test_a_loop_that_copies_its_cache_is_seen():
@@ -164,6 +206,11 @@ def test_errors_of_memory_are_read(message, limits):
     (("--length", 256, "--topology", "v5x:2x2"), "libtpu knows no slice 'v5x:2x2'"),
     (("--length", 256, "--mesh", "model"), "a mesh is given as data=2,model=-1, got 'model'"),
     (("--length", 256, "--mesh", "data=3"), "need 3 devices, there are 4"),
+    (("--length", 256, "--drafter", "nonsense"), "there is no drafter 'nonsense'"),
+    (("--length", 256, "--drafter", "recycling", "--tree", "wide"), "as a number of nodes or as chain:5, got 'wide'"),
+    (("--length", 256, "--drafter", "auto", "--tree", "chain:3"), "in no fixed template"),
+    (("--length", 256, "--drafter", "auto", "--topology", "tpu7x:2x2x1"), "auto needs the bandwidth and FLOP/s of 'TPU7x'"),
+    (("--length", 256, "--tree", "8"), "a tree is for speculation"),
 ])
 def test_bad_arguments_are_named(tiny, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -215,6 +262,28 @@ def test_llama_3_8b_fits_and_copies_nothing(arguments):
     sums = result["collectives"].get("all-reduce", {"count": 0, "bytes": 0})
     assert sums["bytes"] < 8 * 4096 * 2 * 80, "more is sent than two activations a layer"
     assert result["collectives"].get("all-gather", {"bytes": 0})["bytes"] < 1 << 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter", [("lookup", "--tree", 8), ("recycling",), ("auto",)], ids=lambda drafter: drafter[0])
+@pytest.mark.parametrize("arguments", [
+    ("--topology", "v5e:2x2", "--batch", 8),
+    ("--topology", "v5e:2x2", "--batch", 1),
+    ("--topology", "v6e:1x1", "--batch", 8, "--weights", "int8"),
+    ("--topology", "v6e:1x1", "--batch", 1, "--weights", "int8"),
+], ids=lambda arguments: " ".join(str(one).removeprefix("--") for one in arguments))
+def test_llama_3_8b_speculates_without_copies(arguments, drafter):
+    result, _ = run("--model", CONFIGS / "llama3_8b.py", "--length", 4096, "--drafter", *drafter, *arguments)
+    assert good(result)
+    assert result["headroom_bytes"] > 5 << 30
+    for call in result["calls"]:
+        assert (call["cache_copies"], call["layer_copies"]) == (0, 0)
+        # The cache has a quarter more slots than the plain loop's, and the logits are written, read and searched.
+        logits = result["batch"] * call["nodes"] * 128256 * 4 // result["chips"]
+        assert call["bytes_per_step"] < 1.25 * result["plain"]["bytes_per_step"] + 6 * logits
+        assert call["collectives"].get("all-gather", {"bytes": 0})["bytes"] < 1 << 20, "logits went over the wire"
+        if "flops_per_step" in call:
+            assert call["flops_per_step"] < 1.1 * call["minimum_flops_per_step"]
 
 
 @pytest.mark.slow

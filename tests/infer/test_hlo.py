@@ -133,6 +133,23 @@ def test_a_loop_whose_length_cannot_be_seen_is_an_error(old, new):
         list(module.run(module.computations["body"]))
 
 
+def test_a_loop_runs_as_often_as_is_said_where_that_cannot_be_seen():
+    module = hlo.Module(TEXT.replace("COPIES", "").replace("compare(%counted, %until), direction=LT",
+                                                           "compare(%counted, %until), direction=GE"))
+    body = module.loop()
+    assert [one.name for one in module.unseen(body)] == ["layer_loop"]
+    for count in (0, 1, 4):
+        lengths = {"layer_loop": count}
+        assert [times for _, one, times in module.run(body, lengths) if one.name == "weight"] == [count] * (count > 0)
+        sums = hlo.collectives(module, body, lengths).get("all-reduce")
+        assert sums == ({"count": count, "bytes": count * 16 * 8 * 4} if count else None)
+    assert hlo.traffic(module, body, {"layer_loop": 4}) == hlo.traffic(parse(), parse().loop())
+    line = "  %weight = f32[16,8]"
+    module = hlo.Module(TEXT.replace("COPIES", "").replace("direction=LT", "direction=GE").replace(
+        line, "  %mine = bf16[1,32,8]{2,1,0} slice(%kv)\n" + line))
+    assert hlo.copies(module, module.loop(), {32 * 8}, {"layer_loop": 3}) == {0: 3}
+
+
 def test_only_one_loop_may_be_that_over_tokens():
     with pytest.raises(ValueError, match="there are 0"):
         hlo.Module(TEXT.replace("COPIES", "").replace("while(%begin)", "custom-call(%begin)")).loop()

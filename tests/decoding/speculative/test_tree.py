@@ -102,21 +102,24 @@ class TestBuilders:
             build()
 
 
+@jax.jit
+def look(shape):
+    tree = Tree(jnp.zeros_like(shape), shape, 11, 1)
+    return tree.ancestors(), tree.depths(), tree.valid()
+
+
 class TestTree:
     @given(parents(), st.integers(0, 3))
     def test_ancestors_and_depths(self, given, none):
         """A node that is none is nobody's ancestor and has only itself."""
-        cut = [-1 if 0 < node <= none else parent for node, parent in enumerate(given)]
-        cut = [-1 if node and cut[parent] < 0 and parent else cut[node] for node, parent in enumerate(cut)]
-        # Whatever hangs below a cut node is cut too.
-        for node in range(1, len(cut)):
-            if cut[node] > 0 and cut[cut[node]] < 0:
+        cut = list(given) + [-1] * (12 - len(given))
+        for node in range(1, 12):
+            if node <= none or (cut[node] > 0 and cut[cut[node]] < 0):  # whatever hangs below a cut node is cut too
                 cut[node] = -1
-        tree = Tree(jnp.zeros((1, len(cut)), jnp.int32), jnp.asarray([cut]), Template(given).depth, 1)
-        on = np.asarray(tree.ancestors())[0]
-        assert [set(np.flatnonzero(row)) for row in on] == [set(above(cut, node)) for node in range(len(cut))]
-        assert np.asarray(tree.depths())[0].tolist() == [len(above(cut, node)) - 1 for node in range(len(cut))]
-        assert np.asarray(tree.valid())[0].tolist() == [node == 0 or parent >= 0 for node, parent in enumerate(cut)]
+        on, depths, valid = look(jnp.asarray([cut]))
+        assert [set(np.flatnonzero(row)) for row in np.asarray(on)[0]] == [set(above(cut, node)) for node in range(12)]
+        assert depths[0].tolist() == [len(above(cut, node)) - 1 for node in range(12)]
+        assert valid[0].tolist() == [node == 0 or parent >= 0 for node, parent in enumerate(cut)]
 
     def test_child_is_the_first_with_the_token(self):
         tree = Tree(jnp.asarray([[9, 5, 7, 5, 5], [9, 1, 2, 3, 4]]), jnp.asarray([[-1, 0, 0, 0, 2], [-1, 0, -1, 1, 0]]), 2, 3)
@@ -181,7 +184,7 @@ class TestMerge:
 
 
 class TestPrune:
-    @given(drafts(), st.integers(2, 9), st.integers(0, 2**31))
+    @given(drafts(), st.sampled_from([2, 5, 9]), st.integers(0, 2**31))
     def test_keeps_the_largest_products(self, tree, nodes, seed):
         merged = merge(tree)
         shares = np.random.default_rng(seed).uniform(0.1, 1.0, tree.tokens.shape).astype(np.float32)

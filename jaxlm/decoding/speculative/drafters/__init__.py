@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxlm.decoding.speculative import cost
 from jaxlm.decoding.speculative import tree as trees
+from jaxlm.decoding.speculative.drafters.aded import ADED
 from jaxlm.decoding.speculative.drafters.base import Drafter, Seen, Start, View
 from jaxlm.decoding.speculative.drafters.grow import CHAIN
 from jaxlm.decoding.speculative.drafters.layers import FirstLayers, first_layers
@@ -36,7 +37,13 @@ def _recycling(tree: int | Template | None) -> Drafter:
     return Recycling(tree if isinstance(tree, Template) else trees.best(ACCURACIES, tree))
 
 
-NAMES: dict[str, Callable[[int | Template | None], Drafter]] = {"lookup": _lookup, "recycling": _recycling}
+def _aded(tree: int | Template | None) -> Drafter:
+    if isinstance(tree, Template):
+        raise ValueError("aded searches for its tree, in no fixed template: give a number of nodes as its tree")
+    return ADED() if tree is None else ADED(nodes=tree, simulations=tree)
+
+
+NAMES: dict[str, Callable[[int | Template | None], Drafter]] = {"lookup": _lookup, "recycling": _recycling, "aded": _aded}
 
 
 def make(drafter: str | Drafter, tree: int | Template | None, target: Model, batch: int, dtype: Any = None) -> Drafter:
@@ -74,12 +81,12 @@ def make(drafter: str | Drafter, tree: int | Template | None, target: Model, bat
         return NAMES[names[0]](tree)
     if isinstance(tree, Template):
         raise ValueError("a union puts its nodes where they are likeliest, in no fixed template: give a number of nodes as its tree")
-    members = tuple(NAMES[name](None) for name in names)
     if drafter != "auto":
-        return Union(members, (81 if tree is None else tree,))
+        return Union(tuple(NAMES[name](None) for name in names), (81 if tree is None else tree,))
     sizes = cost.budgets(jax.tree.leaves(target.ready)[0].devices(), batch, 64 if tree is None else tree)
-    return Union(members, sizes, jnp.asarray(cost.measure(target, batch, sizes, dtype), jnp.float32))
+    # What recycling learns from the prompt's logits is worth less than the head's product over the prompt costs.
+    return Union((Lookup(), Recycling(reads_prompt=False)), sizes, jnp.asarray(cost.measure(target, batch, sizes, dtype), jnp.float32))
 
 
-__all__ = ["NAMES", "DraftModel", "Drafter", "FirstLayers", "Lookup", "Recycling", "Seen", "Start", "Union", "View", "draft_model",
-           "first_layers", "make"]
+__all__ = ["ADED", "NAMES", "DraftModel", "Drafter", "FirstLayers", "Lookup", "Recycling", "Seen", "Start", "Union", "View",
+           "draft_model", "first_layers", "make"]

@@ -161,14 +161,14 @@ class ADED(Drafter):
       length: tokens that a path has at most.
       simulations: of every search.
       exploration, growth: c1 and c2 of PUCT: a token of share p with n of its parent's N visits scores
-        mean reward + (c1 + log((N + c2 + 1) / c2)) p sqrt(N) / (1 + n). With exploration 0 and a large growth, one chain is drafted.
+        mean reward + (c1 + log((N + c2 + 1) / c2)) p sqrt(N) / (1 + n). With c1 = 0 and a large c2 nothing is explored.
       successors: K, kept of every pair of tokens.
       pairs: of tokens that the table has room for, a multiple of 4.
       smoothing: a successor's share is its count over the pair's total and this much more.
-      corpus: the table to start with, of `trigrams`; its sizes count. None for an empty one.
+      corpus: the table to start with, of `trigrams` with the same sizes; None for an empty one.
 
     Raises:
-      ValueError: when a number is too small, or `pairs` not a multiple of 4.
+      ValueError: when a number is too small, the simulations are too few for the nodes, or `pairs` is not a multiple of 4.
 
     Reference: Liu et al. 2024, https://arxiv.org/abs/2407.12021, and its public code for the numbers. Departs from it: tokens
     that were not visited have reward 0 and no priority, a reward looks one token ahead instead of playing to the end at random,
@@ -189,9 +189,9 @@ class ADED(Drafter):
         if min(self.nodes - 1, self.length, self.simulations, self.successors) < 1:
             raise ValueError("a search needs at least 2 nodes, and 1 for length, simulations and successors, got "
                              f"{self.nodes}, {self.length}, {self.simulations}, {self.successors}")
-        if self.nodes > 1 + (self.simulations + 1) * self.successors:
-            raise ValueError(f"{self.simulations} simulations give at most {1 + (self.simulations + 1) * self.successors} nodes, "
-                             f"got {self.nodes}")
+        most = 1 + (self.simulations + 1) * self.successors
+        if self.nodes > most:
+            raise ValueError(f"{self.simulations} simulations give at most {most} nodes, got {self.nodes}")
         if self.pairs < WAYS or self.pairs % WAYS:
             raise ValueError(f"pairs must be a positive multiple of {WAYS}, got {self.pairs}")
         if min(self.growth, self.smoothing) <= 0:
@@ -213,8 +213,16 @@ class ADED(Drafter):
         return PRIORS
 
     def init(self, start: Start, kept: Table | None) -> Table:
-        """The kept table, the corpus's or an empty one, and the prompt's trigrams."""
+        """The kept table, the corpus's or an empty one, and the prompt's trigrams.
+
+        Raises:
+          ValueError: when the table is not of the drafter's sizes.
+        """
         table = kept if kept is not None else self.corpus if self.corpus is not None else empty(self.pairs, self.successors)
+        pairs, successors = table.ids.shape[0] * WAYS, table.ids.shape[2]
+        if (pairs, successors) != (self.pairs, self.successors):
+            raise ValueError(f"the table has {pairs} pairs and {successors} successors of each, the drafter {self.pairs} and "
+                             f"{self.successors}")
         tokens = start.tokens
         triples = jnp.stack([tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]], axis=2)
         return learn(table, triples.reshape(-1, 3), start.valid()[:, 2:].reshape(-1))
@@ -222,11 +230,9 @@ class ADED(Drafter):
     def observe(self, state: Table, seen: Seen) -> Table:
         """Learns the new tokens."""
         steps = jnp.arange(seen.walk.tokens.shape[1], dtype=jnp.int32)[None]
-        history, last = seen.view.history, (seen.view.length - seen.walk.count)[:, None] + 1 + steps
-        triples = jnp.stack([jnp.take_along_axis(history, jnp.clip(last - back, 0, history.shape[1] - 1), axis=1)
-                             for back in (2, 1, 0)], axis=2)
-        on = (steps < seen.walk.count[:, None]) & (last >= 2)
-        return learn(state, triples.reshape(-1, 3), on.reshape(-1))
+        history, place = seen.view.history, (seen.view.length - seen.walk.count)[:, None] + 1 + steps
+        triples = jnp.stack([jnp.take_along_axis(history, place - back, axis=1) for back in (2, 1, 0)], axis=2)
+        return learn(state, triples.reshape(-1, 3), (steps < seen.walk.count[:, None]).reshape(-1))
 
     def look(self, table: Table, first: Int[Array, "B"], second: Int[Array, "B"]) -> Successors:
         """What follows pairs of tokens."""
@@ -267,7 +273,7 @@ class ADED(Drafter):
         shares = jnp.where(room[:, None], found.shares, 0.0)
         product, total = at(search.product, family) * share, at(search.total, family) + share
         reward = total + jnp.max(found.shares, axis=1)
-        new = (room & (jnp.max(shares, axis=1) > 0) & (at(search.below, leaf) == 0))[:, None] & (place == leaf[:, None])
+        new = (jnp.max(shares, axis=1) > 0)[:, None] & (place == leaf[:, None])
         by = by.reshape(search.ids.shape)
         return _Search(
             search.ids.at[:, index].set(found.ids), search.shares.at[:, index].set(shares),
@@ -278,17 +284,16 @@ class ADED(Drafter):
 
     def candidates(self, state: Table, view: View) -> Tree:
         """The tokens that the search visited most, with their classes; among those never visited the likeliest."""
-        batch, families, count = view.length.shape[0], self.simulations + 1, state.ids.shape[2]
-        before = jnp.take_along_axis(view.history, jnp.maximum(view.length - 1, 0)[:, None], axis=1)[:, 0]
-        first = self.look(state, jnp.where(view.length > 0, before, -1), view.state.last)
+        batch, families, count = view.length.shape[0], self.simulations + 1, self.successors
+        before = jnp.take_along_axis(view.history, view.length[:, None] - 1, axis=1)[:, 0]
+        first = self.look(state, before, view.state.last)
 
         def full(value: Any, dtype: Any, *shape: int) -> Array:
             return jnp.full((batch, families, *shape), value, dtype)
 
-        nothing = full(0, jnp.float32, count)
-        search = _Search(full(-1, jnp.int32, count).at[:, 0].set(first.ids), nothing.at[:, 0].set(first.shares), nothing, nothing,
-                         full(0, jnp.int32, count), full(0, jnp.int32).at[:, 0].set(view.state.last), full(0, jnp.int32),
-                         full(1.0, jnp.float32), full(0.0, jnp.float32))
+        none, zeros, ones = full(0, jnp.int32), full(0.0, jnp.float32, count), full(1.0, jnp.float32)
+        search = _Search(full(-1, jnp.int32, count).at[:, 0].set(first.ids), zeros.at[:, 0].set(first.shares), zeros, zeros,
+                         full(0, jnp.int32, count), none.at[:, 0].set(view.state.last), none, ones, 0.0 * ones)
         needed = jnp.where(jnp.any(first.shares > 0), families, 1)
         search = jax.lax.fori_loop(1, needed, lambda index, search: self._simulate(state, index, search), search)
 
@@ -304,8 +309,9 @@ class ADED(Drafter):
         def rooted(leaf: Array, root: Array | int) -> Array:
             return jnp.concatenate([jnp.broadcast_to(jnp.asarray(root, leaf.dtype), (batch,))[:, None], leaf], axis=1)
 
-        tree = Tree(rooted(jnp.maximum(search.ids, 0).reshape(batch, -1), view.state.last), rooted(parents, -1), self.depth, count,
-                    kinds=rooted(jnp.where(valid, kinds, -1), -1)[..., None])
+        tokens = jnp.maximum(search.ids, 0).reshape(batch, -1)
+        kinds = rooted(jnp.where(valid, kinds, -1), -1)[..., None]
+        tree = Tree(rooted(tokens, view.state.last), rooted(parents, -1), self.depth, count, kinds=kinds)
         return trees.prune(tree, rooted(shares, 0.0), self.nodes)
 
     def propose(self, state: Table, view: View) -> tuple[Tree, Table]:

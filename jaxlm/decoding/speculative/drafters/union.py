@@ -1,9 +1,10 @@
 """Several drafters in one tree, and the choice of its size at every step.
 
-Every node that a drafter proposes belongs to one of its classes (the rank and weight of a recycled token, how many tokens agree
-before a copied one), and the acceptance of each class is counted as the text goes on. The products of those rates along the
-paths rank all nodes, so a budget is spent where acceptance is likely, whoever proposed it; and because the nodes are sorted,
-the first n are the best tree of n. `Auto` compares what each size of tree is worth with what it costs.
+Every node that a drafter proposes belongs to one of its classes (the weight of a recycled token, how many tokens agree before a
+copied one), and the acceptance of each class is counted as the text goes on, apart for nodes that several drafters propose. The
+products of those rates along the paths rank all nodes, so a budget is spent where acceptance is likely, whoever proposed it; and
+because the nodes are sorted, the first n are the best tree of n: a union of several sizes takes the one that is worth most for
+what it costs.
 """
 
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from jaxlm.decoding.speculative.tree import Tree
 
 # An estimate starts as if `_PRIOR` nodes of its class had been seen, and forgets: a node counts half after about 700 calls.
 _PRIOR, _KEEP = 16.0, 0.999
+# What is left of the doubt in a node that another drafter proposes too is less by this share, before any was seen.
+_AGREED = 0.2
 
 
 class State(NamedTuple):
@@ -27,7 +30,8 @@ class State(NamedTuple):
 
     Attributes:
       members: the drafters' states.
-      tested: float32 [C], nodes of each class whose parent was accepted, older ones counting less.
+      tested: float32 [C], nodes of each class whose parent was accepted, older ones counting less. A member's classes come
+        twice: for nodes that it alone proposes, and for those that a later member proposes too.
       accepted: float32 [C], those of them that were accepted.
     """
 
@@ -82,10 +86,16 @@ class Union(Drafter):
         """Whether a member does."""
         return any(member.reads_prompt for member in self.members)
 
-    @property
-    def _offsets(self) -> np.ndarray:
-        """Where each member's classes begin among all."""
-        return np.cumsum([0, *(member.classes for member in self.members)])
+    def _class(self, kinds: Int[Array, "B P n"]) -> Int[Array, "B P"]:
+        """The class of nodes that are in these classes of the members; -1 for none."""
+        has = kinds >= 0
+        first = jnp.argmax(has, axis=2).astype(jnp.int32)
+        several = jnp.sum(has, axis=2, dtype=jnp.int32) > 1
+        counts = np.array([member.classes for member in self.members], np.int32)
+        starts = np.cumsum([0, *2 * counts[:-1]], dtype=np.int32)
+        own = jnp.take_along_axis(kinds, first[..., None], axis=2)[..., 0]
+        found = own + jnp.asarray(starts)[first] + jnp.where(several, jnp.asarray(counts)[first], 0)
+        return jnp.where(jnp.any(has, axis=2), found, -1)
 
     def init(self, start: Start, kept: State | None) -> State:
         """The members' states; rates of acceptance are those kept, or the members' priors."""
@@ -96,7 +106,9 @@ class Union(Drafter):
             states.append(member.init(start.replace(digest=digest), own))
         if kept is not None:
             return State(tuple(states), kept.tested, kept.accepted)
-        priors = jnp.concatenate([jnp.asarray(member.priors, jnp.float32) for member in self.members])
+        alone = [np.asarray(member.priors) for member in self.members]
+        both = [rate + _AGREED * (1 - rate) for rate in alone]
+        priors = jnp.asarray(np.concatenate([rates for pair in zip(alone, both, strict=True) for rates in pair]), jnp.float32)
         return State(tuple(states), jnp.full_like(priors, _PRIOR), _PRIOR * priors)
 
     def digest(self, logits: Float[Array, "B P V"]) -> tuple[PyTree, ...]:
@@ -108,9 +120,8 @@ class Union(Drafter):
         drafts = [member.candidates(own, view) for member, own in zip(self.members, state.members, strict=True)]
         total = len(self.members)
 
-        def classes(place: int, draft: Tree) -> Int[Array, "B P n"]:
-            own = jnp.where(draft.kinds >= 0, draft.kinds + int(self._offsets[place]), -1)
-            return jnp.pad(own, ((0, 0), (0, 0), (place, total - 1 - place)), constant_values=-1)
+        def kinds_of(place: int, draft: Tree) -> Int[Array, "B P n"]:
+            return jnp.pad(draft.kinds, ((0, 0), (0, 0), (place, total - 1 - place)), constant_values=-1)
 
         tokens, parents, kinds, count = [], [], [], 0
         for place, draft in enumerate(drafts):
@@ -119,16 +130,15 @@ class Union(Drafter):
             tokens.append(draft.tokens[:, skip:])
             above = jnp.broadcast_to(draft.parents, draft.tokens.shape)[:, skip:]
             parents.append(jnp.where(above > 0, above + shift, above))
-            kinds.append(classes(place, draft)[:, skip:])
+            kinds.append(kinds_of(place, draft)[:, skip:])
             count += draft.nodes - skip
         whole = trees.merge(Tree(jnp.concatenate(tokens, axis=1), jnp.concatenate(parents, axis=1),
                                  max(draft.depth for draft in drafts), sum(draft.width for draft in drafts),
                                  kinds=jnp.concatenate(kinds, axis=1)))
-        rates = state.accepted / state.tested
-        refused = jnp.where(whole.kinds >= 0, 1.0 - rates[jnp.maximum(whole.kinds, 0)], 1.0)
-        # Members that agree on a token are taken for independent witnesses.
-        shares = jnp.clip(1.0 - jnp.prod(refused, axis=2), 0.0, 0.999)
-        return trees.prune(whole, shares, self.nodes), state
+        kinds = self._class(whole.kinds)
+        rates = jnp.minimum(state.accepted / state.tested, 0.999)
+        shares = jnp.where(kinds >= 0, rates[jnp.maximum(kinds, 0)], 0.0)
+        return trees.prune(whole.replace(kinds=kinds[..., None]), shares, self.nodes), state
 
     def choose(self, state: State, tree: Tree, view: View) -> Int[Array, ""]:
         """The budget with the most expected tokens per cost, over the rows that are not done."""
@@ -147,8 +157,8 @@ class Union(Drafter):
         at = jnp.sum(tree.ancestors(), axis=-1, dtype=jnp.int32) - 2  # the depth of a node's parent
         chosen = jnp.take_along_axis(seen.walk.tokens, jnp.maximum(jnp.broadcast_to(at, tree.tokens.shape), 0), axis=1)
         accepted = tested & (tree.tokens == chosen)
-        kinds = jnp.where(tested[..., None], tree.kinds, -1)
-        hot = (kinds[..., None] == jnp.arange(state.tested.shape[0])[None, None, None]).astype(jnp.float32)
-        count = jnp.sum(hot, axis=(0, 1, 2))
-        hits = jnp.sum(hot * accepted[..., None, None].astype(jnp.float32), axis=(0, 1, 2))
+        kinds = jnp.where(tested, tree.kinds[..., 0], -1)
+        hot = (kinds[..., None] == jnp.arange(state.tested.shape[0])[None, None]).astype(jnp.float32)
+        count = jnp.sum(hot, axis=(0, 1))
+        hits = jnp.sum(hot * accepted[..., None].astype(jnp.float32), axis=(0, 1))
         return State(states, state.tested * _KEEP + count, state.accepted * _KEEP + hits)
