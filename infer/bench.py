@@ -27,7 +27,7 @@ from rich.table import Table
 
 import jaxlm
 from infer import generate, machine, reference, session
-from jaxlm.decoding.generate import bucket
+from jaxlm.decoding.generate import bucket, slots_for
 from jaxlm.decoding.speculative.drafters import Drafter
 from jaxlm.decoding.speculative.drafters.model import draft_model
 
@@ -167,7 +167,7 @@ class Jaxlm:
 
     def warm_up(self, group: Group, ends: int | None) -> int | None:
         """Compiles what the group needs, unless a group of the same buckets came before."""
-        slots = bucket(group.longest + self._arguments.max_new_tokens + self._depth, 64)
+        slots = slots_for(group.longest + self._arguments.max_new_tokens, self._depth)
         shape = len(group.prompts), bucket(group.longest), slots
         if shape in self._compiled:
             return None

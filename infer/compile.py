@@ -306,7 +306,7 @@ class Check:
     def slots(self) -> int:
         """Of the cache, as generation has them: what a call rejects is written behind the last token."""
         slack = 0 if self.drafter is None else self.drafter.depth
-        return max(generate.bucket(self.arguments.length + slack, 64), self.prompt)
+        return max(generate.slots_for(self.arguments.length, slack), self.prompt)
 
     def weights(self, cfg: config.Decoder) -> PyTree:
         """Abstract weights on the mesh."""
@@ -417,7 +417,8 @@ class Check:
         """What the text of the compiled loop says of one step on one chip, for each size of tree.
 
         A walk along a tree counts as one node: what it does per node is next to nothing. FLOPs are there for one size alone,
-        as the compiler adds up those of several.
+        as the compiler adds up those of several. Copies are known by size: scores of as many numbers as a layer's keys (nodes
+        times query heads to a key-value head equal to the head's width) are taken for them.
         """
         module = hlo.Module(program.text)
         body, count = module.loop(), 1 if self.drafter is None else len(self.drafter.sizes)

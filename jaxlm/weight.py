@@ -69,9 +69,10 @@ def dense(w: Weight) -> Float[Array, "..."]:
     return w
 
 
-# Products of so few rows XLA:CPU computes faster with them as columns, which sends it to another library: 30 layers of width 576,
-# ff 1536, in ms: 2 rows 13.8 -> 13.2, 4: 15.1 -> 13.4, 8: 16.1 -> 13.3, 16: 20.0 -> 14.7, 24: 24.3 -> 21.1, 32: no gain (jax 0.10.2).
-_THIN = int(__import__("os").environ.get("THIN", "24"))
+# Products of so few rows XLA:CPU computes faster with them as columns, which sends it to another library: 30 layers of width
+# 576 and ff 1536, in ms: 2 rows 13.8 -> 13.2, 4: 15.1 -> 13.4, 8: 16.1 -> 13.3, 16: 20.0 -> 14.7, 24: 24.3 -> 21.1, 32: no gain
+# (jax 0.10.2).
+_THIN = 24
 
 
 def _product(equation: str, x: Float[Array, "..."], w: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:

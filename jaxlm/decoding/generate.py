@@ -62,7 +62,7 @@ def bucket(length: int, smallest: int = 16) -> int:
     return -(-length // step) * step
 
 
-_DIGEST_BYTES = 1 << 26  # of logits at a time, where a drafter reads the prompt's
+_DIGEST_BYTES = 1 << 28  # of logits at a time, where a drafter reads the prompt's
 
 
 def _digest(step: Forward, params: PyTree, drafter: Drafter, last: Float[Array, "B T D"]) -> PyTree:
@@ -74,6 +74,17 @@ def _digest(step: Forward, params: PyTree, drafter: Drafter, last: Float[Array, 
     pieces = jnp.pad(last, ((0, 0), (0, parts * size - length), (0, 0))).reshape(batch, parts, size, width)
     digests = jax.lax.map(lambda piece: drafter.digest(model.logits(params, step.config, piece)), pieces.swapaxes(0, 1))
     return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(batch, parts * size, *leaf.shape[3:])[:, :length], digests)
+
+
+def slots_for(tokens: int, slack: int) -> int:
+    """Slots of a cache whose rows hold so many tokens, of which a call writes `slack` more behind the last one.
+
+    Example:
+      >>> slots_for(4096, 0), slots_for(4096, 10), slots_for(4000, 10)
+      (4096, 4160, 4096)
+    """
+    slots = bucket(tokens, 64)
+    return slots if tokens + slack <= slots else slots + -(-slack // 64) * 64
 
 
 @partial(jax.jit, static_argnames=("step", "slots", "capacity", "logprobs"))
@@ -394,7 +405,7 @@ class _Job:
         width = min(bucket(longest), cfg.length)
         capacity = bucket(int(max(self.limits)))
         slack = 0 if self.drafter is None else self.drafter.depth  # a call writes so much behind the last token
-        slots = bucket(max(len(row) + int(limit) for row, limit in zip(rows, self.limits, strict=True)) + slack, 64)
+        slots = slots_for(max(len(row) + int(limit) for row, limit in zip(rows, self.limits, strict=True)), slack)
         slots = max(slots, width)
         tokens = np.zeros((len(rows), width), np.int32)
         for i, row in enumerate(rows):

@@ -95,11 +95,11 @@ def test_speculation_on_four_chips(tiny, batch, arguments):
     assert good(result)
     nodes = 4 if "recycling" in arguments else 8
     assert result["depth"] == nodes - 1
-    assert result["length"] == 5120, "what is rejected is written behind the last token"
+    assert result["length"] == 4160, "what is rejected is written behind the last token"
     [call] = result["calls"]
     assert call["nodes"] == nodes
     assert call["scratch_bytes"] == 3 * batch * 4 * nodes * 128 * 2 * 2 // 4
-    # The cache is read as often as for one token, and the plain loop's is a quarter smaller.
+    # The cache is read as often as for one token.
     assert result["plain"]["bytes_per_step"] < call["bytes_per_step"] < 2 * result["plain"]["bytes_per_step"]
     if batch == 8:  # a single row's products become sums, of which the compiler counts every conversion
         assert 1 <= call["flops_per_step"] / call["minimum_flops_per_step"] < 1.1
@@ -265,7 +265,8 @@ def test_llama_3_8b_fits_and_copies_nothing(arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafter", [("lookup", "--tree", 8), ("recycling",), ("auto",)], ids=lambda drafter: drafter[0])
+@pytest.mark.parametrize("drafter", [("lookup", "--tree", 8), ("recycling", "--tree", 81), ("auto", "--tree", 16)],
+                         ids=lambda drafter: drafter[0])
 @pytest.mark.parametrize("arguments", [
     ("--topology", "v5e:2x2", "--batch", 8),
     ("--topology", "v5e:2x2", "--batch", 1),
@@ -274,16 +275,20 @@ def test_llama_3_8b_fits_and_copies_nothing(arguments):
 ], ids=lambda arguments: " ".join(str(one).removeprefix("--") for one in arguments))
 def test_llama_3_8b_speculates_without_copies(arguments, drafter):
     result, _ = run("--model", CONFIGS / "llama3_8b.py", "--length", 4096, "--drafter", *drafter, *arguments)
-    assert good(result)
+    assert result["fits"] and result["cache_in_place"] and result["host_callbacks"] == 0
     assert result["headroom_bytes"] > 5 << 30
     for call in result["calls"]:
-        assert (call["cache_copies"], call["layer_copies"]) == (0, 0)
-        # The cache has a quarter more slots than the plain loop's, and the logits are written, read and searched.
-        logits = result["batch"] * call["nodes"] * 128256 * 4 // result["chips"]
-        assert call["bytes_per_step"] < 1.25 * result["plain"]["bytes_per_step"] + 6 * logits
+        assert call["cache_copies"] == 0
         assert call["collectives"].get("all-gather", {"bytes": 0})["bytes"] < 1 << 20, "logits went over the wire"
         if "flops_per_step" in call:
             assert call["flops_per_step"] < 1.1 * call["minimum_flops_per_step"]
+        # Scores of a layer that do not fit on the chip are written and read again, more than everything else together.
+        scores = result["batch"] * call["nodes"] * 32 * result["length"] * 4 // result["chips"]
+        if scores < 110 << 20:
+            assert call["layer_copies"] == 0
+            # The cache has a quarter more slots than the plain loop's, and the logits are written, read and searched.
+            logits = result["batch"] * call["nodes"] * 128256 * 4 // result["chips"]
+            assert call["bytes_per_step"] < 1.25 * result["plain"]["bytes_per_step"] + 6 * logits
 
 
 @pytest.mark.slow

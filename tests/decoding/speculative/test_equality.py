@@ -22,8 +22,8 @@ from tests.decoding.speculative.scripted import chain_of, scripted
 BATCH, NEW, VOCABULARY = 8, 20, stubs.VOCABULARY
 
 CAPPED = tiny.decoder(
-    [tiny.block(config.SandwichNorm(config.RmsNorm(offset=1.0)), position=config.Rope(base), window=window, softcap=5.0, scale=0.3)
-     for base, window in ((100.0, 3), (10000.0, None))] * 2,
+    [tiny.block(config.SandwichNorm(config.RmsNorm(offset=1.0)), position=config.Rope(base), window=window, softcap=5.0,
+                scale=0.3) for base, window in ((100.0, 3), (10000.0, None))] * 2,
     config.RmsNorm(offset=1.0), config.Head(tied=True, softcap=3.0), config.Embedding(VOCABULARY, scale=4.0))
 
 
@@ -143,6 +143,7 @@ def final(lm, prompts, asked, drafter):
 def test_the_cache_is_that_of_the_text_and_the_smallest_will_do(name, monkeypatch):
     """No slot more than prompt, limit and depth; every row's keys and values as if its text had been read."""
     monkeypatch.setattr(generating, "bucket", lambda length, smallest=16: length)
+    monkeypatch.setattr(generating, "slots_for", lambda tokens, slack: tokens + slack)
     lm, prompts = target(name), [list(b"abcabcabc"), list(b"de"), list(b"fghij")]
     asked = {"max_new_tokens": [NEW, 4, 11], "temperature": [1.0, 0.0, 0.7], "eos": ()}
     plain = generate(lm, prompts, **asked)
@@ -181,7 +182,8 @@ def test_one_program_serves_all_requests_of_a_bucket(compilations):
 
     def ask(seed, prompt, limit):
         rng = np.random.default_rng(seed)
-        return generate(lm, [rng.integers(0, 256, prompt).tolist()], limit, drafter=DRAFTERS["sizes"], temperature=0.1 + seed / 10)
+        return generate(lm, [rng.integers(0, 256, prompt).tolist()], limit, drafter=DRAFTERS["sizes"],
+                        temperature=0.1 + seed / 10)
 
     ask(0, 7, 12)
     before = generating._run._cache_size(), generating._prefill._cache_size()

@@ -128,7 +128,8 @@ class TestTree:
         assert tree.child(jnp.asarray([0, 0]), jnp.asarray([9, 2])).tolist() == [-1, -1]  # the root is no child, nor is none
 
     def test_a_missing_node_takes_its_descendants(self):
-        planted = trees.plant(trees.branching(2, 1), jnp.zeros((1, 5), jnp.int32), jnp.asarray([[True, False, True, True, True]]))
+        valid = jnp.asarray([[True, False, True, True, True]])
+        planted = trees.plant(trees.branching(2, 1), jnp.zeros((1, 5), jnp.int32), valid)
         assert planted.parents.tolist() == [[-1, -1, 0, -1, 2]]
 
     def test_prefix(self):

@@ -1,6 +1,6 @@
 """Drafters: what proposes the tokens that a target verifies.
 
-By name: "lookup", "recycling", any of them joined by "+" (a union in one tree), "auto", the union with a size of tree chosen
+By name: "lookup", "recycling", "aded", any of them joined by "+" (a union in one tree), "auto", a union with a size of tree chosen
 at every step from what the sizes cost on this device and the acceptance so far, and "layers:12", the target's first 12 layers.
 A `jaxlm.Model` drafts as a model; `model.draft_model` and `layers.first_layers` make such drafters with trees of other shapes.
 """
@@ -60,7 +60,7 @@ def make(drafter: str | Drafter, tree: int | Template | None, target: Model, bat
     """
     if isinstance(drafter, Drafter):
         if tree is not None:
-            raise ValueError(f"this {type(drafter).__name__} has a tree of its own: give the tree when it is made, not to generate")
+            raise ValueError(f"this {type(drafter).__name__} has a tree of its own: give the tree when it is made, not here")
         return drafter
     if not isinstance(drafter, (str, Model)):
         raise ValueError(f"drafter must be a name, a Model or a Drafter, got {drafter!r}")
@@ -76,16 +76,18 @@ def make(drafter: str | Drafter, tree: int | Template | None, target: Model, bat
     names = ["lookup", "recycling"] if drafter == "auto" else drafter.split("+")
     unknown = [name for name in names if name not in NAMES]
     if unknown:
-        raise ValueError(f"there is no drafter {unknown[0]!r}; there are {', '.join(NAMES)}, several joined by '+', auto and layers:12")
+        raise ValueError(f"there is no drafter {unknown[0]!r}; there are {', '.join(NAMES)}, several joined by '+', auto and "
+                         "layers:12")
     if drafter != "auto" and len(names) == 1:
         return NAMES[names[0]](tree)
     if isinstance(tree, Template):
-        raise ValueError("a union puts its nodes where they are likeliest, in no fixed template: give a number of nodes as its tree")
+        raise ValueError("a union puts its nodes where they are likeliest, in no fixed template: give a number of nodes")
     if drafter != "auto":
         return Union(tuple(NAMES[name](None) for name in names), (81 if tree is None else tree,))
     sizes = cost.budgets(jax.tree.leaves(target.ready)[0].devices(), batch, 64 if tree is None else tree)
     # What recycling learns from the prompt's logits is worth less than the head's product over the prompt costs.
-    return Union((Lookup(), Recycling(reads_prompt=False)), sizes, jnp.asarray(cost.measure(target, batch, sizes, dtype), jnp.float32))
+    costs = jnp.asarray(cost.measure(target, batch, sizes, dtype), jnp.float32)
+    return Union((Lookup(), Recycling(reads_prompt=False)), sizes, costs)
 
 
 __all__ = ["ADED", "NAMES", "DraftModel", "Drafter", "FirstLayers", "Lookup", "Recycling", "Seen", "Start", "Union", "View",

@@ -14,8 +14,8 @@ from jaxlm.decoding.speculative import tree as trees
 from jaxlm.decoding.speculative.drafters.base import Drafter, View
 from jaxlm.decoding.speculative.tree import Tree
 
-# How often a copied token is accepted where 1, 2, ... tokens before it agree, of the best match and of others: SmolLM2-135M on 30
-# questions of Spec-Bench.
+# How often a copied token is accepted where 1, 2, ... tokens before it agree, of the best match and of others: SmolLM2-135M
+# on 30 questions of Spec-Bench.
 PRIORS = (0.12, 0.25, 0.46, 0.61, 0.68, 0.72, 0.75, 0.86), (0.05, 0.24, 0.45, 0.52, 0.68, 0.7, 0.77, 0.88)
 
 

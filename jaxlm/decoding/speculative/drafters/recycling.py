@@ -1,7 +1,7 @@
 """Token Recycling: what followed a token last time is what is proposed after it now.
 
-A table holds the likeliest successors of every token, as the target last gave them; a template is filled from it level by level.
-The nodes that a tree computes and rejects are not lost: their logits go into the table like those of accepted ones.
+A table holds the likeliest successors of every token, as the target last gave them; a template is filled from it level by
+level. The nodes that a tree computes and rejects are not lost: their logits go into the table like those of accepted ones.
 """
 
 from typing import NamedTuple
