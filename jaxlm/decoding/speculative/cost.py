@@ -68,7 +68,7 @@ def budgets(devices: Any, batch: int, most: int = 64) -> tuple[int, ...]:
     """
     device = next(iter(devices))
     known = chip(device.device_kind)
-    # Rows of a product that a CPU takes in twice the time of one: see jaxlm.weight. Other accelerators are taken for small ones.
+    # Rows of a product that a CPU takes in twice the time of one: see jaxlm.weight. Other accelerators count as small.
     room = (16 if device.platform == "cpu" else 128 if known is None else known.ridge) / batch
     largest = min(most, max(2, 2 ** int(math.log2(max(room, 2)))))
     return tuple(sorted({1, *(max(largest // part, 2) for part in (4, 2, 1))}))

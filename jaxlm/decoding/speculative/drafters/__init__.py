@@ -1,7 +1,8 @@
 """Drafters: what proposes the tokens that a target verifies.
 
-By name: "lookup", "recycling", "aded", any of them joined by "+" (a union in one tree), "auto", a union with a size of tree chosen
-at every step from what the sizes cost on this device and the acceptance so far, and "layers:12", the target's first 12 layers.
+By name: "lookup", "recycling", "aded", any of them joined by "+" (a union in one tree), "auto", a union with a size of tree
+chosen at every step from what the sizes cost on this device and the acceptance so far, and "layers:12", the target's first 12
+layers.
 A `jaxlm.Model` drafts as a model; `model.draft_model` and `layers.first_layers` make such drafters with trees of other shapes.
 """
 

@@ -1,10 +1,10 @@
 """Several drafters in one tree, and the choice of its size at every step.
 
 Every node that a drafter proposes belongs to one of its classes (the weight of a recycled token, how many tokens agree before
-a copied one), and the acceptance of each class is counted as the text goes on, apart for nodes that several drafters propose. The
-products of those rates along the paths rank all nodes, so a budget is spent where acceptance is likely, whoever proposed it; and
-because the nodes are sorted, the first n are the best tree of n: a union of several sizes takes the one that is worth most for
-what it costs.
+a copied one), and the acceptance of each class is counted as the text goes on, apart for nodes that several drafters propose.
+The products of those rates along the paths rank all nodes, so a budget is spent where acceptance is likely, whoever proposed
+it; and because the nodes are sorted, the first n are the best tree of n: a union of several sizes takes the one that is worth
+most for what it costs.
 """
 
 from typing import NamedTuple
