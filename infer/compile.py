@@ -47,7 +47,7 @@ from jaxlm.decoding.logits import Settings
 from jaxlm.decoding.speculative import cost, drafters, rules
 from jaxlm.decoding.speculative import loop as speculation
 from jaxlm.decoding.speculative import tree as trees
-from jaxlm.decoding.speculative.drafters import Drafter, Union
+from jaxlm.decoding.speculative.drafters import Drafter
 from jaxlm.io import families
 from jaxlm.weight import quantize
 
@@ -297,7 +297,10 @@ class Check:
             chips = self.mesh.size
             read = least_bytes(self.config, self.weights(self.config), cache.layers, chips) * chips
             self.seconds = tuple(cost.roofline(chip, read, products(self.config), batch, sizes, chips=chips).tolist())
-            made = Union((drafters.Lookup(), drafters.Recycling()), sizes, jnp.asarray(self.seconds, jnp.float32))
+            made = drafters.automatic(sizes, self.seconds)
+        elif name.startswith("layers:"):
+            raise ValueError("the first layers as a drafter are not compiled here; there are "
+                             f"{', '.join(drafters.NAMES)}, several joined by '+', and auto")
         else:
             made = drafters.make(name, tree, None, self.arguments.batch)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), made)

@@ -120,7 +120,10 @@ def _write(layers: Any, new: Any, start: Int[Array, "B"]) -> Any:
         # One loop over rows for all layers: every compiler makes these writes in place, which it does not for a scatter.
         if start.shape[0] == 1:
             return row(0, layers, new, start)
-        return jax.lax.fori_loop(0, start.shape[0], lambda b, layers: row(b, layers, new, start), layers)
+        # That it is the number of rows no compiler knows: libtpu 0.0.42 fails on such a loop of a known length (it replaces
+        # one of its results by another).
+        count = start.shape[0] + jnp.minimum(start[0], 0)
+        return jax.lax.fori_loop(0, count, lambda b, layers: row(b, layers, new, start), layers)
 
     new = jax.tree.map(prepare, layers, new)
     mesh = jax.sharding.get_abstract_mesh()

@@ -44,6 +44,13 @@ def standard_promotion() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Every compiled program maps memory, and a process that maps too often is aborted."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
     """Keeps the search for doctests away from the scripts beside the tests, which may need torch."""
     script = collection_path.suffix == ".py" and not collection_path.name.startswith("test_")

@@ -77,14 +77,8 @@ def _digest(step: Forward, params: PyTree, drafter: Drafter, last: Float[Array, 
 
 
 def slots_for(tokens: int, slack: int) -> int:
-    """Slots of a cache whose rows hold so many tokens, of which a call writes `slack` more behind the last one.
-
-    Example:
-      >>> slots_for(4096, 0), slots_for(4096, 10), slots_for(4000, 10)
-      (4096, 4160, 4096)
-    """
-    slots = bucket(tokens, 64)
-    return slots if tokens + slack <= slots else slots + -(-slack // 64) * 64
+    """Slots of a cache whose rows hold so many tokens, and behind the last one `slack` more that a call writes."""
+    return bucket(tokens + slack, 64)
 
 
 @partial(jax.jit, static_argnames=("step", "slots", "capacity", "logprobs"))
@@ -133,7 +127,7 @@ class Speculation:
       sizes: {nodes of the verified tree: int [B], calls}.
       exact: "tokens" where the rule gives plain decoding's tokens, "distribution" where it draws from the same distribution,
         "lossy" where neither holds.
-      state: the drafter's, for a later request: `generate(..., drafter_state=...)`.
+      state: what the drafter keeps for a later request: `generate(..., drafter_state=...)`.
     """
 
     calls: np.ndarray
@@ -395,6 +389,8 @@ class _Job:
         if drafter is not None and drafter != "none":
             self.drafter = drafters.make(drafter, tree, model, batch, self.dtype)
             self.rule = rules.make(rule, self.drafter)
+            if drafter_state is not None:
+                _check_kept(self.drafter, drafter_state, vocabulary)
         elif rule is not None or tree is not None or drafter_state is not None:
             raise ValueError("rule, tree and drafter_state are for speculation: name a drafter with them")
 
@@ -475,7 +471,28 @@ class _Job:
             return None
         emitted, sizes = np.asarray(state.emitted), np.asarray(state.sizes)
         return Speculation(emitted.sum(axis=1), emitted, dict(zip(self.drafter.sizes, sizes.T, strict=True)), self.rule.exact,
-                           state.drafter)
+                           self.drafter.keep(state.drafter))
+
+
+def _check_kept(drafter: Drafter, kept: PyTree, vocabulary: int) -> None:
+    """Raises:
+      ValueError: for a state that is not one that such a drafter keeps.
+    """
+    def fresh() -> PyTree:
+        width = bucket(1)
+        digest = drafter.digest(jnp.zeros((1, width, vocabulary), jnp.float32)) if drafter.reads_prompt else None
+        start = Start(jnp.zeros((1, width), jnp.int32), jnp.ones(1, jnp.int32), digest, bucket(1, 64), vocabulary)
+        return drafter.keep(drafter.init(start, None))
+
+    def look(tree: PyTree) -> Any:
+        leaves, shape = jax.tree.flatten(tree)
+        return shape, [(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf for leaf in leaves]
+
+    wanted, name = jax.eval_shape(fresh), type(drafter).__name__
+    if not jax.tree.leaves(wanted) and jax.tree.leaves(kept):
+        raise ValueError(f"{name} keeps nothing from request to request: leave out drafter_state")
+    if look(wanted) != look(kept):
+        raise ValueError(f"this drafter_state is not one that such a {name} left with a vocabulary of {vocabulary}")
 
 
 def _plain(state: loop.State | speculation.State) -> loop.State:
@@ -524,12 +541,13 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
              top_p: Any = 1.0, min_p: Any = 0.0, typical_p: Any = 1.0, repetition_penalty: Any = 1.0,
              presence_penalty: Any = 0.0, frequency_penalty: Any = 0.0, logit_bias: Any = None, banned_tokens: Any = None,
              stop_strings: Any = None, eos: Any = None, key: Any = 0, logprobs: bool = False, dtype: Any = None,
-             drafter: str | Drafter | None = None, rule: str | Rule | None = None, tree: int | Template | None = None,
+             drafter: str | Drafter | Model | None = None, rule: str | Rule | None = None, tree: int | Template | None = None,
              drafter_state: PyTree = None, on_text: Callable[[list[str]], None] | None = None,
              segment: int = 16) -> Generation:
     """Continues each prompt.
 
-    Every number may be given per row. With the same key a row's text is the same whatever rows are beside it.
+    Every number may be given per row. With the same key a row's text is the same whatever rows are beside it, and whatever
+    drafts it: only with a `rule` that is not "match" does it depend on the drafts too.
 
     Args:
       prompts: a string, token ids, or a list of either.
@@ -544,8 +562,8 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
       key: a seed, a `jax.random.key`, or one key per row.
       logprobs: also return every token's log-probability.
       dtype: of the computation; default that of the weights.
-      drafter: speculates: a name ("lookup", "recycling", several joined by "+", "auto": see
-        `jaxlm.decoding.speculative.drafters.make`) or a drafter. None decodes plainly.
+      drafter: speculates: a name ("lookup", "recycling", "aded", several joined by "+", "auto", "layers:12": see
+        `jaxlm.decoding.speculative.drafters.make`), a smaller model of the same vocabulary, or a drafter. None decodes plainly.
       rule: of acceptance, a name or a rule of `jaxlm.decoding.speculative.rules`; default "match", which gives the tokens of
         plain decoding.
       tree: how many nodes a drafted tree has, or its `Template`; default the drafter's own.

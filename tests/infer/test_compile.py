@@ -95,7 +95,7 @@ def test_speculation_on_four_chips(tiny, batch, arguments):
     assert good(result)
     nodes = 4 if "recycling" in arguments else 8
     assert result["depth"] == nodes - 1
-    assert result["length"] == 4160, "what is rejected is written behind the last token"
+    assert result["length"] == 5120, "what is rejected is written behind the last token"
     [call] = result["calls"]
     assert call["nodes"] == nodes
     assert call["scratch_bytes"] == 3 * batch * 4 * nodes * 128 * 2 * 2 // 4

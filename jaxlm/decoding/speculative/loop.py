@@ -95,6 +95,9 @@ def run(step: Step, rule: Rule, drafter: Drafter, params: PyTree, state: State, 
         index, state = carry
         view = View(state.history, state.plain, request, params)
         tree, drafted = drafter.propose(state.drafter, view)
+        if tree.nodes != drafter.nodes or tree.depth > drafter.depth:
+            raise ValueError(f"{type(drafter).__name__} proposed a tree of {tree.nodes} nodes and depth {tree.depth}, it "
+                             f"promised {drafter.nodes} nodes and a depth of at most {drafter.depth}")
         state = state.replace(drafter=drafted)
         if len(drafter.sizes) == 1:
             return index + 1, advance(step, rule, drafter, params, state, request, tree, 0)

@@ -394,7 +394,8 @@ class Confidence(_Longest):
 
 RULES: dict[str, Any] = {
     "match": Match, "point_mass": PointMass, "chain": Chain, "multi_round": MultiRound,
-    "without_replacement": WithoutReplacement, "k_seq": KSeq, "block": Block, "typical": Typical, "confidence": Confidence}
+    "without_replacement": WithoutReplacement, "k_seq": KSeq, "block": Block, "lossy_typical": Typical,
+    "lossy_confidence": Confidence}
 
 
 def _name(rule: Rule) -> str:
@@ -412,6 +413,8 @@ def make(rule: str | Rule | None, drafter: Drafter) -> Rule:
         if rule not in RULES:
             raise ValueError(f"there is no rule {rule!r}; there are {', '.join(RULES)}")
         rule = RULES[rule]()
+    if not isinstance(rule, tuple(RULES.values())) and not (hasattr(rule, "visit") and not isinstance(rule, type)):
+        raise ValueError(f"rule must be a name or a rule, like rules.Typical(), got {rule!r}")
     if rule.draws is not None and drafter.draws not in rule.draws:
         right = [name for name, kind in RULES.items() if kind.draws is None or drafter.draws in kind.draws]
         raise ValueError(f"the rule {_name(rule)} is for drafts that are {' or '.join(sorted(rule.draws))}, those of "

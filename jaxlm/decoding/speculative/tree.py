@@ -322,7 +322,12 @@ def prune(tree: Tree, shares: Float[Array, "B P"], nodes: int) -> Tree:
 
     Args:
       shares: probability of each node to be accepted where its parent is; at most 1.
+
+    Raises:
+      ValueError: when the tree has fewer nodes.
     """
+    if nodes > tree.nodes:
+        raise ValueError(f"a tree of {nodes} nodes was asked for, there are candidates for {tree.nodes} only")
     valid = tree.valid()
     products = jnp.where(valid, 1.0, 0.0)
     for _ in range(tree.depth):

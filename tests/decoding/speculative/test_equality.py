@@ -15,6 +15,7 @@ from jaxlm.decoding import generate as generating
 from jaxlm.decoding.generate import generate
 from jaxlm.decoding.speculative import tree as trees
 from jaxlm.decoding.speculative.drafters import Lookup, Recycling, Union
+from jaxlm.decoding.speculative.rules import Typical
 from tests import tiny
 from tests.decoding import stubs
 from tests.decoding.speculative.scripted import chain_of, scripted
@@ -174,7 +175,15 @@ def test_segments_and_warm_states_change_nothing():
     cold = generate(lm, prompts, drafter="lookup+recycling", tree=6, on_text=pieces.append, segment=2, **asked)
     warm = generate(lm, prompts, drafter="lookup+recycling", tree=6, drafter_state=cold.speculation.state, **asked)
     assert plain.text == cold.text == warm.text == ["".join(row) for row in zip(*pieces, strict=True)]
-    assert warm.speculation.calls.sum() <= cold.speculation.calls.sum()
+    assert warm.speculation.calls.sum() < cold.speculation.calls.sum()
+
+
+def test_a_lookup_of_short_trees_in_a_union_keeps_its_word():
+    """Its continuations are as long as its own trees are deep, so no call writes more than the cache has room for."""
+    drafter = Union((Lookup(length=10, nodes=3), Recycling(trees.branching(3))), (6,))
+    lm = stubs.markov(dict(zip(b"abcde", b"bcdea", strict=True)), stubs.Bytes())
+    did = check(lm, [list(b"xabcd")], {"max_new_tokens": 58, "eos": (), "logprobs": True}, drafter)
+    assert drafter.depth == 2 and did.emitted.shape == (1, 3)
 
 
 def test_one_program_serves_all_requests_of_a_bucket(compilations):
@@ -202,7 +211,13 @@ class TestRefusals:
         ({"drafter": "recycling", "tree": 1}, "at least 2"), ({"drafter": 3}, "a name, a Model or a Drafter"),
         ({"drafter": "lookup", "tree": trees.chain(2)}, "number of nodes"),
         ({"drafter": "lookup+recycling", "tree": trees.chain(2)}, "number of nodes"),
-        ({"drafter": DRAFTERS["lookup"], "tree": 4}, "tree of its own")])
+        ({"drafter": DRAFTERS["lookup"], "tree": 4}, "tree of its own"),
+        ({"drafter": "lookup", "tree": 100}, "2 to 31 nodes, got 100"), ({"drafter": "lookup+lookup"}, "every drafter once"),
+        ({"drafter": "lookup+recycling", "tree": 500}, "500 nodes was asked for"),
+        ({"drafter": "recycling", "rule": 3}, "a name or a rule"),
+        ({"drafter": "recycling", "rule": Typical}, "a name or a rule"),
+        ({"drafter": "lookup", "drafter_state": {"a": 1}}, "Lookup keeps nothing"),
+        ({"drafter": "recycling", "drafter_state": (1, 2)}, "not one that such a Recycling left")])
     def test_says_what_is_wrong(self, asked, says):
         with pytest.raises(ValueError, match=says):
             generate(target("rope"), "abc", 4, **asked)

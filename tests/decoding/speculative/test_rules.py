@@ -184,7 +184,7 @@ def greedy_tokens():
     return out
 
 
-@pytest.mark.parametrize("rule", [*EXACT, "typical", "confidence"])
+@pytest.mark.parametrize("rule", [*EXACT, "lossy_typical", "lossy_confidence"])
 def test_rows_greedy_or_not_do_not_depend_on_each_other(rule):
     """Greedy rows give the likeliest tokens and accept the drafts that match; turning the batch round turns the result."""
     template, kind = (branching(2, 2), TREES[rule]) if rule in TREES else (chain(2), "independent")
@@ -198,7 +198,7 @@ def test_rows_greedy_or_not_do_not_depend_on_each_other(rule):
     tokens, first = run(np.arange(64), rule)
     for one, other in zip((tokens, first), run(np.arange(64)[::-1], rule), strict=True):
         np.testing.assert_array_equal(one, other)
-    if rule != "confidence":
+    if rule != "lossy_confidence":
         greedy = heat == 0
         np.testing.assert_array_equal(tokens[greedy], np.broadcast_to(greedy_tokens(), (32, sampled.LENGTH)))
         np.testing.assert_array_equal(first[greedy], run(np.arange(64), "match")[1][greedy])
@@ -338,7 +338,7 @@ class Distinct(Drafter):
 
 def test_make():
     assert rules.make(None, Drafter()) == Match() and rules.make("match", Distinct()) == Match()
-    assert rules.make("typical", Drafter()) == rules.Typical()
+    assert rules.make("lossy_typical", Drafter()) == rules.Typical()
     given = rules.Typical(0.2, 0.4)
     assert rules.make(given, Independent()) is given
     for name, kind in rules.RULES.items():
@@ -351,7 +351,7 @@ def test_make():
 @pytest.mark.parametrize("rule, drafter, message", [
     ("none", Drafter(), "there is no rule 'none'; there are match, point_mass, chain, "),
     ("k_seq", Drafter(), "the rule k_seq is for drafts that are independent, those of Drafter are fixed: "
-                         "match, point_mass, typical, confidence are right"),
+                         "match, point_mass, lossy_typical, lossy_confidence are right"),
     (rules.MultiRound(), Distinct(), "the rule multi_round is for drafts that are independent, those of Distinct are distinct: "
                                      "match, point_mass, chain, without_replacement, block, "),
     ("without_replacement", Independent(), "are distinct, those of Independent are independent: "

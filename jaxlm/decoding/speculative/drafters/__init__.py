@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.decoding.speculative import cost
 from jaxlm.decoding.speculative import tree as trees
@@ -47,6 +48,12 @@ def _aded(tree: int | Template | None) -> Drafter:
 NAMES: dict[str, Callable[[int | Template | None], Drafter]] = {"lookup": _lookup, "recycling": _recycling, "aded": _aded}
 
 
+def automatic(sizes: tuple[int, ...], costs: tuple[float, ...]) -> Union:
+    """What "auto" is, for sizes of tree and what a call with each costs."""
+    # What recycling learns from the prompt's logits is worth less than the head's product over the prompt costs.
+    return Union((Lookup(), Recycling(reads_prompt=False)), sizes, jnp.asarray(costs, jnp.float32))
+
+
 def make(drafter: str | Drafter, tree: int | Template | None, target: Model, batch: int, dtype: Any = None) -> Drafter:
     """The drafter of this name, for a target and a number of rows.
 
@@ -65,17 +72,17 @@ def make(drafter: str | Drafter, tree: int | Template | None, target: Model, bat
         return drafter
     if not isinstance(drafter, (str, Model)):
         raise ValueError(f"drafter must be a name, a Model or a Drafter, got {drafter!r}")
-    if tree is not None and not isinstance(tree, Template) and (not isinstance(tree, int) or tree < 2):
+    if tree is not None and not isinstance(tree, Template) and (not isinstance(tree, (int, np.integer)) or tree < 2):
         raise ValueError(f"tree must be a number of nodes, at least 2 with the root, or a Template, got {tree!r}")
     if isinstance(drafter, Model):
-        return draft_model(drafter, CHAIN if tree is None else tree)
+        return draft_model(drafter, CHAIN if tree is None else tree, dtype)
     if drafter.startswith("layers:"):
         count = drafter.removeprefix("layers:")
         if not count.isdecimal():
             raise ValueError(f"the first layers draft as layers:12, with their number, got {drafter!r}")
         return first_layers(target, int(count), CHAIN if tree is None else tree, dtype)
-    names = ["lookup", "recycling"] if drafter == "auto" else drafter.split("+")
-    unknown = [name for name in names if name not in NAMES]
+    names = drafter.split("+")
+    unknown = [name for name in names if name not in NAMES and drafter != "auto"]
     if unknown:
         raise ValueError(f"there is no drafter {unknown[0]!r}; there are {', '.join(NAMES)}, several joined by '+', auto and "
                          "layers:12")
@@ -83,13 +90,13 @@ def make(drafter: str | Drafter, tree: int | Template | None, target: Model, bat
         return NAMES[names[0]](tree)
     if isinstance(tree, Template):
         raise ValueError("a union puts its nodes where they are likeliest, in no fixed template: give a number of nodes")
+    if len(set(names)) < len(names):
+        raise ValueError(f"a union has every drafter once, got {drafter!r}")
     if drafter != "auto":
         return Union(tuple(NAMES[name](None) for name in names), (81 if tree is None else tree,))
     sizes = cost.budgets(jax.tree.leaves(target.ready)[0].devices(), batch, 64 if tree is None else tree)
-    # What recycling learns from the prompt's logits is worth less than the head's product over the prompt costs.
-    costs = jnp.asarray(cost.measure(target, batch, sizes, dtype), jnp.float32)
-    return Union((Lookup(), Recycling(reads_prompt=False)), sizes, costs)
+    return automatic(sizes, cost.measure(target, batch, sizes, dtype))
 
 
 __all__ = ["ADED", "NAMES", "DraftModel", "Drafter", "FirstLayers", "Lookup", "Recycling", "Seen", "Start", "Union", "View",
-           "draft_model", "first_layers", "make"]
+           "automatic", "draft_model", "first_layers", "make"]

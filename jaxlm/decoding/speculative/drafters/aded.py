@@ -227,6 +227,10 @@ class ADED(Drafter):
         triples = jnp.stack([tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]], axis=2)
         return learn(table, triples.reshape(-1, 3), start.valid()[:, 2:].reshape(-1))
 
+    def keep(self, state: Table) -> Table:
+        """All of it."""
+        return state
+
     def observe(self, state: Table, seen: Seen) -> Table:
         """Learns the new tokens."""
         steps = jnp.arange(seen.walk.tokens.shape[1], dtype=jnp.int32)[None]

@@ -117,7 +117,11 @@ class Drafter:
         return (self.nodes,)
 
     def init(self, start: Start, kept: PyTree | None) -> PyTree:
-        """The state after a prompt. `kept` is the state that an earlier request left, None for a cold start."""
+        """The state after a prompt. `kept` is what `keep` gave of an earlier request's, None for a cold start."""
+        return ()
+
+    def keep(self, state: PyTree) -> PyTree:
+        """What of a state another request may begin with; nothing, unless a drafter says otherwise."""
         return ()
 
     def digest(self, logits: Float[Array, "B P V"]) -> PyTree:

@@ -69,6 +69,13 @@ class Lookup(Drafter):
     shortest: int = flax.struct.field(pytree_node=False, default=1)
     nodes: int = flax.struct.field(pytree_node=False, default=16)
 
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.count < 1 or not 1 <= self.shortest <= self.longest:
+            raise ValueError(f"lookup needs a length and a count of at least 1 and 1 <= shortest <= longest, got {self}")
+        if not 2 <= self.nodes <= 1 + self.count * self.length:
+            raise ValueError(f"{self.count} continuations of {self.length} tokens make trees of 2 to "
+                             f"{1 + self.count * self.length} nodes, got {self.nodes}")
+
     @property
     def depth(self) -> int:
         """The length of a continuation."""
@@ -89,15 +96,15 @@ class Lookup(Drafter):
         """All continuations, chain after chain, not merged."""
         history, last = view.history, view.length
         found = occurrences(history, last, self.longest, self.count)
-        step = jnp.arange(self.length, dtype=jnp.int32)[None, None]
+        step = jnp.arange(self.depth, dtype=jnp.int32)[None, None]
         period = jnp.maximum(last[:, None] - found.at, 1)[..., None]
         source = found.at[..., None] + 1 + step % period
         batch = history.shape[0]
         tokens = jnp.take_along_axis(history, source.reshape(batch, -1), axis=1)
-        valid = jnp.repeat(found.length >= self.shortest, self.length, axis=1)
+        valid = jnp.repeat(found.length >= self.shortest, self.depth, axis=1)
         agreed = jnp.minimum(found.length[..., None] + step, self.longest) - 1
         kinds = agreed + jnp.where(jnp.arange(self.count) == 0, 0, self.longest)[None, :, None]
-        template = trees.Template((-1, *(0 if node % self.length == 0 else node for node in range(self.count * self.length))))
+        template = trees.Template((-1, *(0 if node % self.depth == 0 else node for node in range(self.count * self.depth))))
         tokens = jnp.concatenate([view.state.last[:, None], tokens], axis=1)
         valid = jnp.concatenate([jnp.ones((batch, 1), bool), valid], axis=1)
         kinds = jnp.concatenate([jnp.full((batch, 1), -1, jnp.int32), kinds.reshape(batch, -1)], axis=1)

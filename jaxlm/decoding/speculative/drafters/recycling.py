@@ -104,6 +104,10 @@ class Recycling(Drafter):
         order = jnp.broadcast_to(jnp.arange(start.tokens.shape[1], dtype=jnp.int32)[None], start.tokens.shape)
         return self._learn(table, start.tokens, start.digest, jnp.where(start.valid(), order, -1))
 
+    def keep(self, state: Successors) -> Successors:
+        """All of it."""
+        return state
+
     def digest(self, logits: Float[Array, "B P V"]) -> Successors:
         """The likeliest successors."""
         return likeliest(logits, self.count)

@@ -110,6 +110,10 @@ class Union(Drafter):
         priors = jnp.asarray(np.concatenate([rates for pair in zip(alone, both, strict=True) for rates in pair]), jnp.float32)
         return State(tuple(states), jnp.full_like(priors, _PRIOR), _PRIOR * priors)
 
+    def keep(self, state: State) -> State:
+        """What the members keep, and the rates of acceptance."""
+        return state._replace(members=tuple(member.keep(own) for member, own in zip(self.members, state.members, strict=True)))
+
     def digest(self, logits: Float[Array, "B P V"]) -> tuple[PyTree, ...]:
         """The members' digests."""
         return tuple(member.digest(logits) for member in self.members)

@@ -231,7 +231,7 @@ class TestSearch:
 
 
 DRAFTERS = {"alone": ADED(nodes=8, length=4, simulations=8, pairs=64),
-            "union": Union((Lookup(length=4), ADED(nodes=8, simulations=8, pairs=64)), (8,))}
+            "union": Union((Lookup(length=4, nodes=13), ADED(nodes=8, simulations=8, pairs=64)), (8,))}
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
