@@ -165,11 +165,14 @@ class Jaxlm:
                       speculation.emitted.sum(axis=0).tolist(),
                       {nodes: int(calls.sum()) for nodes, calls in speculation.sizes.items()}, speculation.exact)
 
+    def _shape(self, group: Group) -> tuple[int, ...]:
+        """What is compiled for: rows, the prompts' bucket, the cache's slots."""
+        slots = slots_for(group.longest + self._arguments.max_new_tokens, self._depth)
+        return len(group.prompts), bucket(group.longest), slots
+
     def warm_up(self, group: Group, ends: int | None) -> int | None:
         """Compiles what the group needs, unless a group of the same buckets came before."""
-        slots = slots_for(group.longest + self._arguments.max_new_tokens, self._depth)
-        shape = len(group.prompts), bucket(group.longest), slots
-        if shape in self._compiled:
+        if self._shape(group) in self._compiled:
             return None
         # As many ids as the tokenizer has: their number is part of the shape.
         eos = None if ends is None else [ends] * len(self._model.tokenizer.eos_ids)
@@ -178,7 +181,7 @@ class Jaxlm:
             self._depth = result.speculation.emitted.shape[1] - 1
             if self.state == "warm":
                 self._generate(group, result.speculation.state, eos)
-        self._compiled.add(shape)
+        self._compiled.add(self._shape(group))  # now that the depth is known
         answer = result.tokens[0].tolist()
         return next((token for token in answer if token != answer[0]), None)
 

@@ -47,15 +47,15 @@ def chip(kind: str) -> Chip | None:
 
 
 def roofline(one: Chip, weights: float, parameters: float, batch: int, sizes: tuple[int, ...],
-             cache: float = 0.0, chips: int = 1) -> np.ndarray:
+             chips: int = 1) -> np.ndarray:
     """Seconds of a call with each size of tree, if the chip did nothing but its bound.
 
     Args:
-      weights: bytes read per call, cache: bytes of committed keys and values read per call.
+      weights: bytes read per call, those of committed keys and values among them.
       parameters: numbers that take part in products.
       chips: among which all of it is evenly split.
     """
-    read = (weights + cache) / (one.bandwidth * chips)
+    read = weights / (one.bandwidth * chips)
     return np.array([max(read, 2 * parameters * batch * size / (one.flops * chips)) for size in sizes])
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxlm.decoding.logits import first_of_top, noise, penalise, restrict
 from jaxlm.decoding.speculative import tree as trees
-from jaxlm.decoding.speculative.drafters.base import View
+from jaxlm.decoding.speculative.drafters.base import Drafter, View
 from jaxlm.decoding.speculative.drafters.recycling import likeliest
 from jaxlm.decoding.speculative.tree import Template, Tree
 from jaxlm.decoding.speculative.verify import Walk, subkeys
@@ -531,3 +531,24 @@ def grow(shape: Shape, view: View, first: Float[Array, "B V"], memory: PyTree, e
     if shape.depth > 1:
         *_, grown, memory = jax.lax.while_loop(going, level, (jnp.ones((), jnp.int32), fringe, grown, memory))
     return shape.finish(grown), memory
+
+
+class Grower(Drafter):
+    """The base of drafters whose trees have a `shape`."""
+
+    shape: Shape
+
+    @property
+    def draws(self) -> str:
+        """The shape's."""
+        return self.shape.draws
+
+    @property
+    def nodes(self) -> int:
+        """The shape's."""
+        return self.shape.nodes
+
+    @property
+    def depth(self) -> int:
+        """The shape's."""
+        return self.shape.depth

@@ -13,15 +13,15 @@ from jaxtyping import Array, Float, Int
 from jaxlm import model
 from jaxlm.config import Decoder
 from jaxlm.decoding.speculative.drafters import grow
-from jaxlm.decoding.speculative.drafters.base import Drafter, Start, View
-from jaxlm.decoding.speculative.drafters.grow import Fringe, Scratch, Shape
+from jaxlm.decoding.speculative.drafters.base import Start, View
+from jaxlm.decoding.speculative.drafters.grow import Fringe, Grower, Scratch, Shape
 from jaxlm.decoding.speculative.drafters.model import same_vocabulary
 from jaxlm.decoding.speculative.tree import Template, Tree
 from jaxlm.model import Model
 
 
 @flax.struct.dataclass
-class FirstLayers(Drafter):
+class FirstLayers(Grower):
     """Drafts with the first layers of the target: see `first_layers`.
 
     Attributes:
@@ -35,21 +35,6 @@ class FirstLayers(Drafter):
     layers: int = flax.struct.field(pytree_node=False)
     shape: Shape = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False, default=None)
-
-    @property
-    def draws(self) -> str:
-        """The shape's."""
-        return self.shape.draws
-
-    @property
-    def nodes(self) -> int:
-        """The shape's."""
-        return self.shape.nodes
-
-    @property
-    def depth(self) -> int:
-        """The shape's."""
-        return self.shape.depth
 
     def init(self, start: Start, kept: tuple[()] | None) -> tuple[()]:
         """Nothing: all that is remembered is the target's."""

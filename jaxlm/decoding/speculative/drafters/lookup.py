@@ -1,7 +1,7 @@
 """Prompt lookup: what followed the last few tokens earlier in prompt or output is proposed again.
 
-Reference: the idea is Saxena's prompt lookup decoding (2023) and REST's and Yang et al.'s before it; several continuations go
-into one tree here, and a copy that reaches the end of the text goes on with its own beginning.
+Reference: Saxena's prompt lookup decoding (2023). Departs from it: several continuations go into one tree, and a copy that
+reaches the end of the text goes on with its own beginning.
 """
 
 import flax.struct

@@ -16,8 +16,8 @@ from jaxlm import model, sharding
 from jaxlm.cache import Cache
 from jaxlm.config import Decoder
 from jaxlm.decoding.speculative.drafters import grow
-from jaxlm.decoding.speculative.drafters.base import Drafter, Seen, Start, View
-from jaxlm.decoding.speculative.drafters.grow import Fringe, Scratch, Shape
+from jaxlm.decoding.speculative.drafters.base import Seen, Start, View
+from jaxlm.decoding.speculative.drafters.grow import Fringe, Grower, Scratch, Shape
 from jaxlm.decoding.speculative.tree import Template, Tree
 from jaxlm.model import Model
 
@@ -52,7 +52,7 @@ def _after(cache: Cache, logits: Array) -> Cache:
 
 
 @flax.struct.dataclass
-class DraftModel(Drafter):
+class DraftModel(Grower):
     """Drafts with a decoder of its own: see `draft_model`.
 
     Attributes:
@@ -66,21 +66,6 @@ class DraftModel(Drafter):
     config: Decoder = flax.struct.field(pytree_node=False)
     shape: Shape = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False, default=None)
-
-    @property
-    def draws(self) -> str:
-        """The shape's."""
-        return self.shape.draws
-
-    @property
-    def nodes(self) -> int:
-        """The shape's."""
-        return self.shape.nodes
-
-    @property
-    def depth(self) -> int:
-        """The shape's."""
-        return self.shape.depth
 
     def init(self, start: Start, kept: PyTree | None) -> State:
         """The prompt's keys and values; nothing is kept from earlier requests."""

@@ -18,7 +18,7 @@ from jaxlm.decoding.speculative import tree as trees
 from jaxlm.decoding.speculative.drafters.base import Drafter, Seen, Start, View
 from jaxlm.decoding.speculative.tree import Template, Tree
 
-# How often a child of each rank is accepted where its parent was, at depth 1 and deeper: what makes the standard template.
+# What the standard template takes for the acceptance of a child of each rank; assumed, after the shape of the paper's tree.
 ACCURACIES = ((0.42, 0.13, 0.07, 0.05, 0.03, 0.03, 0.02, 0.02),)
 
 # Lower ends of the classes of nodes, by share among the kept successors, and how often each class is accepted, at depth 1
