@@ -69,15 +69,21 @@ def prefix(cfg: config.Decoder, params: PyTree, cache: Cache, layers: int) -> tu
     return dataclasses.replace(cfg, stack=stack.prefix(cfg.stack, layers)), {"decoder": tree}, kept
 
 
-def check_tokens(tokens: Any, vocabulary: int, positions: Any = None) -> None:
+def check_tokens(tokens: Any, vocabulary: int, positions: Any = None, lengths: Any = None) -> None:
     """Raises:
-      ValueError: for the first token id that is not 0 to vocabulary - 1 where there is a token (its position is not -1); names
-        it and its place. Tracers are not checked: inside `jax.jit` such an id reads the nearest row.
+      ValueError: for the first token id that is not 0 to vocabulary - 1 where there is a token (its position is not -1, its place
+        within the row's length); names it and its place. Tracers are not checked: inside `jax.jit` such an id reads the nearest
+        row.
     """
-    if isinstance(tokens, jax.core.Tracer) or isinstance(positions, jax.core.Tracer):
+    if any(isinstance(array, jax.core.Tracer) for array in (tokens, positions, lengths)):
         return
     tokens = np.asarray(tokens)
-    bad = np.argwhere(((tokens < 0) | (tokens >= vocabulary)) & (True if positions is None else np.asarray(positions) >= 0))
+    bad = (tokens < 0) | (tokens >= vocabulary)
+    if positions is not None:
+        bad &= np.asarray(positions) >= 0
+    if lengths is not None:
+        bad &= np.arange(tokens.shape[1])[None] < np.asarray(lengths)[:, None]
+    bad = np.argwhere(bad)
     if len(bad):
         place = tuple(int(i) for i in bad[0])
         raise ValueError(f"token id {int(tokens[place])} at {place} is out of range: the vocabulary has {vocabulary}, "
@@ -86,18 +92,20 @@ def check_tokens(tokens: Any, vocabulary: int, positions: Any = None) -> None:
 
 def forward(params: PyTree, cfg: config.Decoder, tokens: Int[Array, "B T"] | None = None, *,
             embeddings: Float[Array, "B T D"] | None = None, positions: Int[Array, "B T"] | None = None,
-            mask: Bool[Array, "B T T"] | None = None, segments: Int[Array, "B T"] | None = None,
-            cache: Cache | None = None, context: Int[Array, "B"] | None = None, at: Int[Array, "B Q"] | None = None,
+            lengths: Int[Array, "B"] | None = None, mask: Bool[Array, "B T T"] | None = None,
+            segments: Int[Array, "B T"] | None = None, cache: Cache | None = None, context: Int[Array, "B"] | None = None, at: Int[Array, "B Q"] | None = None,
             hidden: Sequence[int] = (), logits: bool = True, dtype: Any = None, remat: Any = None) -> Output:
     """Logits of the tokens that follow each of the T given ones.
 
     Args:
       tokens: ids 0 to V - 1; what stands at a position of -1 does not matter. Or None with `embeddings`.
       embeddings: soft inputs in place of looked-up vectors, not scaled.
-      positions: -1 for none. Default: from the cache's length (or 0) on, restarting in each segment.
+      positions: -1 for none. Default: from the cache's length (or 0) on, restarting in each segment;
+        best left to that where they are so: long causal inputs then skip half of the scores.
+      lengths: how many tokens of each row there are, padding behind them. Not together with positions.
       mask: True = may attend, among the T tokens, in place of the causal rule; the cache's committed slots stay visible
         and windows, segments and padding stay in force. [1, T, T] serves all rows.
-      segments: packed documents: tokens attend within their own; 0 is padding. Not together with a cache.
+      segments: packed documents, each in one piece: tokens attend within their own; 0 is padding. Not together with a cache.
       cache: committed keys and values; a key's position is its slot.
       context: tokens each row will hold when this text is complete, which dynamic NTK and LongRoPE scale by (a prompt's length
         when it comes in chunks). Default: up to the largest position given.
@@ -134,13 +142,16 @@ def forward(params: PyTree, cfg: config.Decoder, tokens: Int[Array, "B T"] | Non
         raise ValueError(f"embeddings must be [B, T, {cfg.width}], got {embeddings.shape}")
     if segments is not None and cache is not None:
         raise ValueError("segments are for packed training batches and do not go together with a cache")
-    for name, array, shape in (("positions", positions, (batch, width)), ("segments", segments, (batch, width))):
+    if lengths is not None and positions is not None:
+        raise ValueError("forward takes positions or lengths, not both")
+    for name, array, shape in (("positions", positions, (batch, width)), ("segments", segments, (batch, width)),
+                               ("lengths", lengths, (batch,))):
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} must be {shape}, got {array.shape}")
     if mask is not None and (mask.shape not in ((batch, width, width), (1, width, width)) or mask.dtype != bool):
         raise ValueError(f"mask must be bool [{batch} or 1, {width}, {width}], got {mask.dtype} {mask.shape}")
     if embeddings is None:
-        check_tokens(tokens, cfg.embedding.vocabulary, positions)
+        check_tokens(tokens, cfg.embedding.vocabulary, positions, lengths)
     learned = cfg.embedding.position
     if learned is not None and positions is not None and not isinstance(positions, jax.core.Tracer):
         if np.max(positions) >= learned.length - learned.offset:
@@ -155,7 +166,7 @@ def forward(params: PyTree, cfg: config.Decoder, tokens: Int[Array, "B T"] | Non
         raise ValueError(f"the cache holds {cache.length.shape[0]} rows, the input {batch}")
 
     known = describe((one.attention for group in cfg.stack.groups for one in group.pattern), batch, width, positions,
-                     segments, mask, None if cache is None else cache.length, context)
+                     segments, mask, None if cache is None else cache.length, context, lengths)
     if dtype is None:
         dtype = params["embedding"]["tokens"].dtype
     x = embed.apply(params["embedding"], cfg.embedding, tokens, embeddings, known.positions, dtype)

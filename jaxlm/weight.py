@@ -70,8 +70,8 @@ def dense(w: Weight) -> Float[Array, "..."]:
 
 
 # Products of so few rows XLA:CPU computes faster with them as columns, which sends it to another library: 30 layers of width
-# 576 and ff 1536, in ms: 2 rows 13.8 -> 13.2, 4: 15.1 -> 13.4, 8: 16.1 -> 13.3, 16: 20.0 -> 14.7, 24: 24.3 -> 21.1, 32: no gain
-# (jax 0.10.2).
+# 576 and ff 1536, in ms: 2 rows 13.8 -> 13.2, 4: 15.1 -> 13.4, 8: 16.1 -> 13.3, 16: 20.0 -> 14.7, 24: 24.3 -> 21.1, 32: no gain;
+# its head of 49152: 2: 4.1 -> 3.2, 8: 4.7 -> 3.6, 16: 5.7 -> 4.3 (jax 0.10.2).
 _THIN = 24
 
 
@@ -89,14 +89,20 @@ def _product(equation: str, x: Float[Array, "..."], w: Float[Array, "..."], dtyp
 
     def turned(x: Array, w: Array) -> Array:
         kept = [i for i in range(x.ndim) if i not in where[0]]
-        shape = [x.shape[i] for i in kept] + list(w.shape[len(summed):])
-        # Only of two dimensions, and with a barrier before it, is the product left as it is written.
-        x = jax.lax.optimization_barrier(x.transpose(*where[0], *kept).reshape(-1, rows))
-        product = jax.lax.dot_general(x, w.reshape(x.shape[0], -1), (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+        shape = [x.shape[i] for i in kept] + [w.shape[i] for i in range(w.ndim) if i not in where[1]]
+        # Only of two dimensions, and with a barrier on its way, is the product left as it is written.
+        if first:
+            x = jax.lax.optimization_barrier(x.transpose(*where[0], *kept).reshape(-1, rows))
+            product = jax.lax.dot_general(x, w.reshape(x.shape[0], -1), (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+        else:
+            x = x.transpose(*kept, *where[0]).reshape(rows, -1)
+            product = jax.lax.dot_general(w.reshape(-1, x.shape[1]), x, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+            product = jax.lax.optimization_barrier(product).T
         return product.reshape(shape)
 
     rows = x.size // max(math.prod(x.shape[i] for i in where[0]), 1)
-    if x.dtype == jnp.float32 and 1 < rows <= _THIN and right.startswith("".join(summed)):
+    first, last = right.startswith("".join(summed)), right.endswith("".join(summed))
+    if x.dtype == jnp.float32 and 1 < rows <= _THIN and (first or last):
         return jax.lax.platform_dependent(x, w, cpu=turned, default=plain)
     return plain(x, w)
 

@@ -153,6 +153,24 @@ def test_check_tokens():
     jax.jit(lambda t: model.check_tokens(t, 19))(jnp.array([99]))  # unknown until it runs
 
 
+@pytest.mark.parametrize("cached", [0, 3])
+def test_lengths_say_where_padding_begins(cached):
+    """With and without a cache: as the positions that they stand for; ids in the padding do not matter."""
+    weights = tiny.weights(model.spec(CFG))
+    tokens = np.array([[5, 6, 7, 99], [8, 99, 99, 99]])
+    places = np.array([[0, 1, 2, -1], [0, -1, -1, -1]])
+    kept = None
+    if cached:
+        first = model.forward(weights, CFG, np.array([[1, 2, 3], [4, 5, 6]]))
+        kept = cache.filled(first.kv, 8, jnp.array([3, 2]))
+        places = np.where(places >= 0, places + np.array([[3], [2]]), -1)
+    want = model.forward(weights, CFG, tokens, positions=places, cache=kept)
+    got = model.forward(weights, CFG, tokens, lengths=np.array([3, 1]), cache=kept)
+    np.testing.assert_allclose(np.asarray(got.logits)[places >= 0], np.asarray(want.logits)[places >= 0], atol=1e-6)
+    with pytest.raises(ValueError, match=r"token id 99 at \(0, 3\) is out of range"):
+        model.forward(weights, CFG, tokens, lengths=np.array([4, 1]), cache=kept)
+
+
 CFG = tiny.decoder([tiny.block()] * 2)
 TOKENS = np.ones((2, 3), np.int32)
 REFUSED = {
@@ -168,6 +186,8 @@ REFUSED = {
         {"tokens": TOKENS, "segments": TOKENS, "cache": cache.allocate(CFG.stack, 2, 4)},
     r"positions must be \(2, 3\), got \(3,\)": {"tokens": TOKENS, "positions": TOKENS[0]},
     r"segments must be \(2, 3\), got \(2, 2\)": {"tokens": TOKENS, "segments": TOKENS[:, :2]},
+    r"lengths must be \(2,\), got \(3,\)": {"tokens": TOKENS, "lengths": np.ones(3, np.int32)},
+    "forward takes positions or lengths, not both": {"tokens": TOKENS, "positions": TOKENS, "lengths": TOKENS[:, 0]},
     r"mask must be bool \[2 or 1, 3, 3\], got bool \(3, 3\)": {"tokens": TOKENS, "mask": np.ones((3, 3), bool)},
     r"mask must be bool \[2 or 1, 3, 3\], got int32 \(1, 3, 3\)":
         {"tokens": TOKENS, "mask": np.ones((1, 3, 3), np.int32)},

@@ -17,6 +17,18 @@ EQUATIONS = ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DF->BTF", "BTD,VD->BTV", "BD
              "BD,FND->BNF"]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 8, 24, 25])
+@pytest.mark.parametrize("equation", ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,VD->BTV"])
+def test_products_of_few_rows_are_einsums(equation, rows):
+    """Which a CPU computes in another way: with the rows as columns."""
+    (x_letters, letters), out = equation.split("->")[0].split(","), equation.split("->")[1]
+    sizes = dict(zip("BTDNHFV", (1, rows, 5, 3, 4, 5, 7), strict=True))
+    x, w = draw([sizes[letter] for letter in x_letters], 0), draw([sizes[letter] for letter in letters], 1)
+    got = jax.jit(lambda x, w: weight.einsum(equation, x, w))(x, w)
+    assert got.shape == tuple(sizes[letter] for letter in out)
+    np.testing.assert_allclose(got, np.einsum(equation, np.asarray(x, np.float64), np.asarray(w, np.float64)), atol=1e-5)
+
+
 @hypothesis.settings(max_examples=20)
 @hypothesis.given(st.sampled_from(EQUATIONS), st.data())
 def test_int8_einsum_is_that_of_the_dense_weight(equation, data):

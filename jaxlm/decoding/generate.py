@@ -85,9 +85,7 @@ def slots_for(tokens: int, slack: int) -> int:
 def _prefill(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], request: loop.Request,
              slots: int, capacity: int, logprobs: bool, drafter: Drafter | None = None,
              kept: PyTree = None) -> loop.State | speculation.State:
-    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    positions = jnp.where(index < lengths[:, None], index, -1)
-    out = model.forward(params, step.config, tokens, positions=positions, context=lengths, at=lengths[:, None] - 1,
+    out = model.forward(params, step.config, tokens, lengths=lengths, context=lengths, at=lengths[:, None] - 1,
                         dtype=step.dtype)
     cache = caching.filled(out.kv, slots, lengths)
     cache = cache.replace(layers=jax.tree.map(

@@ -19,9 +19,7 @@ CHUNK = 128  # tokens, of all rows together, whose logits exist at once
 @partial(jax.jit, static_argnames=("step",))
 def _score(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B T"]:
     """The log-probability of token t + 1 at place t; junk at the last."""
-    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    out = model.forward(params, step.config, tokens, positions=jnp.where(index < lengths[:, None], index, -1),
-                        context=lengths, logits=False, dtype=step.dtype)
+    out = model.forward(params, step.config, tokens, lengths=lengths, context=lengths, logits=False, dtype=step.dtype)
     tree = params["decoder"]
 
     def chunk(args: tuple[Array, Array]) -> Array:

@@ -17,7 +17,8 @@ from jaxlm.layers.mask import Context
 from jaxlm.params import Param, normal, zeros
 from jaxlm.weight import einsum
 
-QUERIES = 512  # per run: bounds the scores of long inputs to QUERIES x keys
+QUERIES = 256  # per run: bounds the scores of long inputs to QUERIES x keys
+SPANS = 16  # of causal queries at most, each of which sees keys up to its own end only: with n of them (n + 1) / 2n of all scores
 
 # Finite, so that a token that may see nothing (padding) gets junk and not NaN.
 MASKED = -1e30
@@ -116,35 +117,47 @@ def apply(params: dict[str, Any], cfg: config.Attention, x: Float[Array, "B T D"
     new = KeyValue(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
     sinks = params["sinks"] if cfg.sinks else None
 
-    def run(q: Array, positions: Array, segments: Array | None, rows: Array | None) -> Array:
+    def run(q: Array, positions: Array, segments: Array | None, rows: Array | None, seen: int) -> Array:
+        """The output of a run of queries, none of which may see a new token behind the first `seen`."""
         queries = context.replace(positions=positions, segments=segments, mask=rows)
-        parts = [(new, mask.among(cfg, context, queries), context.positions)]
+        near = context.until(seen)
+        parts = [(KeyValue(new.k[:, :, :seen], new.v[:, :, :seen]), mask.among(cfg, near, queries), near.positions)]
         if cached is not None:
             slots = cached.k.shape[-2]
             slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], (q.shape[0], slots))
             parts.insert(0, (cached, mask.committed(cfg, queries, slots), slot))
         return _attend(cfg, sinks, q, positions, parts)
 
+    def part(y: Array | None, axis: int, start: int, end: int) -> Array | None:
+        return None if y is None else jax.lax.slice_in_dim(y, start, end, axis=axis)
+
+    def span(start: int, end: int, seen: int) -> list[Array]:
+        """The outputs of a span of queries: of as many whole runs as there are, and of what is left."""
+        whole = start + (end - start) // QUERIES * QUERIES
+
+        def stacked(y: Array | None, axis: int) -> Array | None:
+            y = part(y, axis, start, whole)
+            return None if y is None else jnp.moveaxis(y.reshape(*y.shape[:axis], -1, QUERIES, *y.shape[axis + 1:]), axis, 0)
+
+        outs = []
+        if whole - start > QUERIES:
+            runs = jax.lax.map(lambda args: run(*args, seen), tuple(map(stacked, given, axes)))
+            outs.append(jnp.moveaxis(runs, 0, 3).reshape(*q.shape[:3], whole - start, q.shape[4]))
+        elif whole > start:
+            outs.append(run(*(part(y, axis, start, whole) for y, axis in zip(given, axes, strict=True)), seen))
+        if whole < end:
+            outs.append(run(*(part(y, axis, whole, end) for y, axis in zip(given, axes, strict=True)), seen))
+        return outs
+
     given, length = (q, context.positions, context.segments, context.mask), x.shape[1]
     axes = (3, 1, 1, 1)  # along which the queries lie
-    if length <= QUERIES:
-        out = run(*given)
+    if context.ordered and cfg.causal and context.mask is None:
+        size = -(-length // (QUERIES * SPANS)) * QUERIES
+        outs = [out for start in range(0, length, size)
+                for end in [min(start + size, length)] for out in span(start, end, end)]
     else:
-        whole = length // QUERIES * QUERIES
-
-        def split(y: Array | None, axis: int) -> Array | None:
-            if y is None:
-                return None
-            y = jax.lax.slice_in_dim(y, 0, whole, axis=axis)
-            return jnp.moveaxis(y.reshape(*y.shape[:axis], -1, QUERIES, *y.shape[axis + 1:]), axis, 0)
-
-        def rest(y: Array | None, axis: int) -> Array | None:
-            return None if y is None else jax.lax.slice_in_dim(y, whole, length, axis=axis)
-
-        runs = jax.lax.map(lambda args: run(*args), tuple(map(split, given, axes)))
-        out = jnp.moveaxis(runs, 0, 3).reshape(*q.shape[:3], whole, q.shape[4])
-        if whole < length:
-            out = jnp.concatenate([out, run(*map(rest, given, axes))], axis=3)
+        outs = span(0, length, length)
+    out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=3)
     out = out.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], cfg.heads, cfg.head_width)
     out = einsum("BTNH,NHD->BTD", out, params["o"])
     if cfg.out_bias:

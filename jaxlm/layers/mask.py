@@ -22,6 +22,7 @@ class Context:
       mask: bool [B or 1, T, T] or None; takes the place of the causal rule among the T tokens (a tree, a prefix).
       length: int32 [B] or None; committed slots of each row of the cache.
       rotations: cosines and sines by (Rope, rotated width): see `jaxlm.layers.position.rotations`.
+      ordered: whether it is known that a token's position is less than those of its segment's later tokens.
     """
 
     positions: Int[Array, "B T"]
@@ -29,31 +30,45 @@ class Context:
     mask: Bool[Array, "B T T"] | None
     length: Int[Array, "B"] | None
     rotations: dict[Any, Any]
+    ordered: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def until(self, end: int) -> "Context":
+        """Of the first `end` tokens. Their rotations stay as they are."""
+        segments = None if self.segments is None else self.segments[:, :end]
+        rows = None if self.mask is None else self.mask[:, :end, :end]
+        return self.replace(positions=self.positions[:, :end], segments=segments, mask=rows)
 
 
-def _count(batch: int, width: int, length: Array | None, segments: Array | None) -> Int[Array, "B T"]:
-    """Positions from the cache's length on; restarting in each segment, -1 in segment 0."""
+def _count(batch: int, width: int, length: Array | None, segments: Array | None,
+           lengths: Array | None) -> Int[Array, "B T"]:
+    """Positions from the cache's length on; restarting in each segment, -1 in segment 0 and from each row's `lengths` on."""
     index = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (batch, width))
     if segments is None:
-        return index if length is None else index + length[:, None]
-    starts = jnp.concatenate([jnp.ones((batch, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
-    start = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-    return jnp.where(segments == 0, -1, index - start)
+        counted = index if length is None else index + length[:, None]
+    else:
+        starts = jnp.concatenate([jnp.ones((batch, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+        start = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+        counted = jnp.where(segments == 0, -1, index - start)
+    return counted if lengths is None else jnp.where(index < lengths[:, None], counted, -1)
 
 
 def describe(layers: Iterable[config.Attention], batch: int, width: int, positions: Int[Array, "B T"] | None = None,
              segments: Int[Array, "B T"] | None = None, mask: Bool[Array, "B T T"] | None = None,
-             length: Int[Array, "B"] | None = None, total: Int[Array, "B"] | None = None) -> Context:
+             length: Int[Array, "B"] | None = None, total: Int[Array, "B"] | None = None,
+             lengths: Int[Array, "B"] | None = None) -> Context:
     """The context of a call for these layers, T = `width`; arguments as `jaxlm.model.forward` takes them.
 
     Args:
+      length: committed slots of the cache.
       total: tokens each row will hold when its text is complete; default up to the largest position.
+      lengths: how many of the T tokens there are, where no positions are given.
     """
+    ordered = positions is None
     if positions is None:
-        positions = _count(batch, width, length, segments)
+        positions = _count(batch, width, length, segments, lengths)
     reach = jnp.max(positions, axis=1) + 1 if total is None else total
     reach = jnp.maximum(reach[:, None], positions + 1)
-    return Context(positions, segments, mask, length, position.rotations(layers, positions, reach))
+    return Context(positions, segments, mask, length, position.rotations(layers, positions, reach), ordered)
 
 
 def among(cfg: config.Attention, context: Context, queries: Context | None = None) -> Bool[Array, "B Q T"]:

@@ -91,10 +91,10 @@ def test_new_keys_and_values_are_what_the_cache_holds():
     assert np.abs(kv.v).max() <= 0.8 + 1e-6
 
 
-@pytest.mark.parametrize("length", [10, 12, 3])
-@pytest.mark.parametrize("kind", ["plain", "cache", "segments", "mask"])
+@pytest.mark.parametrize("length", [10, 12, 3, 43])
+@pytest.mark.parametrize("kind", ["plain", "cache", "segments", "padding", "positions", "bidirectional", "mask"])
 def test_runs_of_queries_change_nothing(monkeypatch, length, kind):
-    cfg = tiny.attention(window=6, sinks=True, position=Alibi(SLOPES))
+    cfg = tiny.attention(window=6, sinks=True, position=Alibi(SLOPES), causal=kind != "bidirectional")
     params = tiny.weights(attention.spec(cfg, 16))
     random = np.random.default_rng(0)
     x = jnp.asarray(random.normal(size=(2, length, 16)), jnp.float32)
@@ -104,6 +104,10 @@ def test_runs_of_queries_change_nothing(monkeypatch, length, kind):
         cached = KeyValue(*jnp.asarray(random.normal(size=(2, 2, 2, 9, 8)), jnp.float32))
     elif kind == "segments":
         known = {"segments": jnp.asarray(np.sort(random.integers(0, 3, (2, length)), axis=1))}
+    elif kind == "padding":
+        known = {"lengths": jnp.array([length, 2])}
+    elif kind == "positions":  # in any order, so that earlier tokens see later ones
+        known = {"positions": jnp.asarray(random.permuted(np.tile(np.arange(length), (2, 1)), axis=1).astype(np.int32))}
     elif kind == "mask":
         known = {"mask": jnp.asarray(np.tri(length, dtype=bool) | (random.random((1, length, length)) < 0.3))}
 
@@ -112,19 +116,35 @@ def test_runs_of_queries_change_nothing(monkeypatch, length, kind):
 
     want = run()
     monkeypatch.setattr(attention, "QUERIES", 5)
-    assert ("scan" in str(jax.make_jaxpr(lambda x: attention.apply(
-        params, cfg, x, describe([cfg], 2, length, **known), cached))(x))) == (length > 5)
+    monkeypatch.setattr(attention, "SPANS", 4)  # 43 queries: spans of 15 with several runs
+    text = str(jax.make_jaxpr(lambda x: attention.apply(params, cfg, x, describe([cfg], 2, length, **known), cached))(x))
+    assert f"f32[2,2,2,{length},{length}]" not in text or length <= 5
     valid = np.asarray(describe([cfg], 2, length, **known).positions) >= 0
     np.testing.assert_allclose(np.asarray(run())[valid], np.asarray(want)[valid], atol=1e-5)
 
 
-def test_long_inputs_never_hold_all_scores():
+def shapes(length, **known):
+    """The jaxpr of attention over tokens of this length, as text."""
     cfg = tiny.attention()
     params = tiny.weights(attention.spec(cfg, 16))
-    length = 4 * attention.QUERIES
-    text = str(jax.make_jaxpr(lambda x: attention.apply(params, cfg, x, describe([cfg], 1, length), None)[0])(
+    return str(jax.make_jaxpr(lambda x: attention.apply(params, cfg, x, describe([cfg], 1, length, **known), None)[0])(
         jax.ShapeDtypeStruct((1, length, 16), jnp.float32)))
+
+
+def test_long_inputs_never_hold_all_scores():
+    length = 4 * attention.QUERIES
+    text = shapes(length, mask=np.ones((1, length, length), bool))
     assert f"f32[1,2,2,{attention.QUERIES},{length}]" in text and f"f32[1,2,2,{length},{length}]" not in text
+
+
+def test_causal_queries_never_meet_keys_behind_their_run():
+    size, length = attention.QUERIES, 3 * attention.QUERIES + 7
+    for known in ({}, {"lengths": jnp.array([9])}, {"segments": jnp.ones((1, length), jnp.int32)}):
+        text = shapes(length, **known)
+        assert all(f"f32[1,2,2,{size},{n * size}]" in text for n in (1, 2, 3)) and f"f32[1,2,2,7,{length}]" in text
+        assert f"f32[1,2,2,{size},{length}]" not in text
+    # Positions that are given may be in any order.
+    assert f"f32[1,2,2,{size},{length}]" in shapes(length, positions=jnp.zeros((1, length), jnp.int32))
 
 
 def test_padding_gets_no_nan():

@@ -70,9 +70,8 @@ class DraftModel(Grower):
     def init(self, start: Start, kept: PyTree | None) -> State:
         """The prompt's keys and values; nothing is kept from earlier requests."""
         same_vocabulary(self.config, start.vocabulary)
-        index = jnp.arange(start.tokens.shape[1], dtype=jnp.int32)[None]
-        out = model.forward(self.params, self.config, start.tokens, positions=jnp.where(start.valid(), index, -1),
-                            context=start.length, logits=False, dtype=self.dtype)
+        out = model.forward(self.params, self.config, start.tokens, lengths=start.length, context=start.length, logits=False,
+                            dtype=self.dtype)
         # A call writes at most a chain, or the last two tokens, behind the text.
         cache = caching.filled(out.kv, start.slots + self.depth + _CATCH_UP, start.length)
         cache = cache.replace(layers=jax.tree.map(
