@@ -2,15 +2,17 @@
 
     .venv/bin/python benchmarks/draft_model.py --target TARGET --draft DRAFT --questions HumanEval.jsonl.gz
 
-Prompts are answered in batches. At temperature 0 every lossless rule accepts the same, so one stands for all. Rules that give
-plain decoding's tokens are checked against them: rows that differ are counted, with the least gap, at temperature 0, between
-the largest logit and the lower one of the two tokens at which one parted.
+Prompts are answered in batches, each by all in turn, so a noisy machine is as hard on one as on another; interrupted, it shows
+what there is. At temperature 0 every lossless rule accepts the same, so one stands for all. The static tree's shape comes from
+how often the draft's r-th choice is the target's token on prompts that are not measured. Rules that give plain decoding's
+tokens are checked against them: rows that differ are counted, with the least gap, at temperature 0, between the largest logit
+and the lower one of the two tokens at which one parted.
 """
 
 import dataclasses
 import json
 import pathlib
-import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,22 +23,31 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxlm
-from infer import bench, session
+from infer import bench, machine, session
 from jaxlm.decoding.speculative import tree as trees
 from jaxlm.decoding.speculative.drafters import draft_model
 from jaxlm.decoding.speculative.drafters.grow import Dynamic, Static, StochasticBeam
 
-# What the static tree takes for the acceptance of a child of each rank; assumed, not measured.
-ACCURACIES = ((0.75, 0.1, 0.04, 0.02),)
+RANKS = 8  # of the draft's choices that the static tree may take
 
 
-def kinds(nodes: int, length: int) -> list[tuple[str, str, Any, float]]:
-    """(shape's name, rule, shape, temperature) of everything that is measured."""
-    chain, best = trees.chain(length), trees.best(ACCURACIES, nodes)
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is measured: a shape's name, a rule and a temperature; `options` are `jaxlm.generate`'s."""
+
+    shape: str
+    rule: str
+    temperature: float
+    options: dict[str, Any]
+
+
+def kinds(draft: jaxlm.Model, accuracies: Sequence[Sequence[float]], nodes: int, length: int) -> list[Kind]:
+    """Plain decoding, prompt lookup and all shapes and rules at temperatures 0 and 0.8; plain first at each."""
+    chain, best = trees.chain(length), trees.best(accuracies, nodes)
     beam = StochasticBeam((nodes - 1) // length, length)
-    found = [(name, "match", shape, 0.0) for name, shape in (
-        (f"chain of {length}", Static(chain)), (f"best {nodes} nodes", Static(best)), (f"dynamic {nodes}", Dynamic(nodes)))]
-    found += [(name, rule, shape, 0.8) for name, rule, shape in (
+    shapes = [(f"chain of {length}", "match", Static(chain), 0.0), (f"best {nodes} nodes", "match", Static(best), 0.0),
+              (f"dynamic {nodes}", "match", Dynamic(nodes), 0.0)]
+    shapes += [(name, rule, shape, 0.8) for name, rule, shape in (
         (f"chain of {length}", "match", Static(chain)), (f"chain of {length}", "chain", Static(chain, "independent")),
         (f"chain of {length}", "block", Static(chain, "independent")),
         (f"best {nodes} nodes", "match", Static(best)), (f"dynamic {nodes}", "match", Dynamic(nodes)),
@@ -45,7 +56,25 @@ def kinds(nodes: int, length: int) -> list[tuple[str, str, Any, float]]:
         (f"best {nodes} nodes", "k_seq", Static(best, "independent")),
         (f"best {nodes} nodes", "without_replacement", Static(best, "distinct")),
         (f"beam of {beam.width} x {length}", "without_replacement", beam))]
+    found = []
+    for temperature in (0.0, 0.8):
+        found.append(Kind("nothing", "", temperature, {}))
+        found.append(Kind("lookup", "match", temperature, {"drafter": "lookup"}))
+        found += [Kind(name, rule, hot, {"drafter": draft_model(draft, shape), "rule": rule})
+                  for name, rule, shape, hot in shapes if hot == temperature]
     return found
+
+
+def agreement(target: jaxlm.Model, draft: jaxlm.Model, prompts: list[list[int]], new_tokens: int) -> tuple[float, ...]:
+    """How often the draft's first, second, ... choice is the target's greedy token, on the target's own answers."""
+    hits, tokens = np.zeros(RANKS), 0
+    for prompt, answer in zip(prompts, jaxlm.generate(target, prompts, new_tokens).tokens, strict=True):
+        text = jnp.asarray([[*prompt, *answer.tolist()]], jnp.int32)
+        at = jnp.arange(len(prompt) - 1, text.shape[1] - 1)[None]
+        logits = jaxlm.forward(draft.params, draft.config, text, at=at).logits[0]
+        hits += np.asarray(jax.lax.top_k(logits, RANKS)[1] == answer[:, None]).sum(axis=0)
+        tokens += len(answer)
+    return tuple(np.sort(hits / tokens)[::-1].tolist())  # few are seen of the last ranks, so sorted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,94 +98,107 @@ class Arguments:
     length: int = 5
     """Tokens of the chain."""
     json: pathlib.Path | None = None
-    """Write the rows of the table to this file, after each."""
+    """Write the rows of the table to this file."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """A row of the table."""
+@dataclasses.dataclass
+class Tally:
+    """What one kind did so far: tokens after each row's first, calls of the target and seconds for them."""
 
-    shape: str
-    rule: str
-    temperature: float
-    tokens_per_call: float
-    tokens_per_s: float
-    ratio: float
-    differing: int | None
-    least_margin: float | None
+    kind: Kind
+    prompts: int = 0
+    emitted: int = 0
+    calls: int = 0
+    seconds: float = 0.0
+    margins: list[float] = dataclasses.field(default_factory=list)
 
-
-def answers(model: jaxlm.Model, prompts: list[list[int]], arguments: Arguments, temperature: float,
-            **options: Any) -> tuple[list[np.ndarray], float, float]:
-    """Every prompt's tokens, tokens after each row's first per call of the model, and per second of decoding."""
-    tokens, emitted, calls, seconds = [], 0, 0, 0.0
-    for start in range(0, len(prompts), arguments.batch):
-        part = prompts[start:start + arguments.batch]
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(start, start + len(part)))
-        result = jaxlm.generate(model, part, arguments.new_tokens, temperature=temperature, key=keys, **options)
-        later = [len(row) - 1 for row in result.tokens]
-        tokens += result.tokens
-        emitted += sum(later)
-        calls += sum(later) if result.speculation is None else int(result.speculation.calls.sum())
-        seconds += result.seconds.decode
-    return tokens, emitted / calls, emitted / seconds
+    def row(self, plain: "Tally") -> dict[str, Any]:
+        """As it is shown; `plain` is plain decoding's at the same temperature."""
+        speed = self.emitted / self.seconds
+        return {"drafted": self.kind.shape, "rule": self.kind.rule, "temperature": self.kind.temperature,
+                "prompts": self.prompts, "tokens_per_call": self.emitted / self.calls, "tokens_per_s": speed,
+                "ratio_to_plain": speed * plain.seconds / plain.emitted,
+                "differing": len(self.margins) if self.kind.rule == "match" else None,
+                # The noise decides at other temperatures, and a gap of logits says nothing.
+                "least_margin": min(self.margins, default=None) if self.kind.temperature == 0 else None}
 
 
-def parted(model: jaxlm.Model, prompts: list[list[int]], plain: list[np.ndarray],
-           other: list[np.ndarray]) -> tuple[int, float | None]:
-    """How many rows differ, and the least margin at which one does."""
+def answer(model: jaxlm.Model, prompts: list[list[int]], places: list[int], new_tokens: int, tally: Tally) -> list[np.ndarray]:
+    """The answers to a batch of prompts, counted in the tally; `places` give every prompt its key."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.asarray(places))
+    result = jaxlm.generate(model, prompts, new_tokens, temperature=tally.kind.temperature, key=keys, **tally.kind.options)
+    later = sum(len(row) - 1 for row in result.tokens)
+    tally.prompts += len(prompts)
+    tally.emitted += later
+    tally.calls += later if result.speculation is None else int(result.speculation.calls.sum())
+    tally.seconds += result.seconds.decode
+    return result.tokens
+
+
+def parted(model: jaxlm.Model, prompts: list[list[int]], plain: list[np.ndarray], other: list[np.ndarray]) -> list[float]:
+    """For every row that differs, the margin at which it does."""
     margins = []
     for prompt, ours, theirs in zip(prompts, plain, other, strict=True):
         found = bench.first_difference(ours.tolist(), theirs.tolist())
         if found is not None:
             place, *both = found
             margins.append(bench.margin(model, [*prompt, *ours[:place].tolist()], [one for one in both if one is not None]))
-    return len(margins), min(margins, default=None)
+    return margins
+
+
+def measure(target: jaxlm.Model, prompts: list[list[int]], arguments: Arguments, tallies: list[Tally],
+            console: Console) -> None:
+    """Has all tallies of one temperature answer every batch, plain decoding (the first) before the others."""
+    batches = -(-len(prompts) // arguments.batch)
+    for index in range(batches):
+        # Batches of alike longest prompts, which are compiled once.
+        places = list(range(index, len(prompts), batches))
+        part = [prompts[place] for place in places]
+        plain: list[np.ndarray] = []
+        for tally in tallies:
+            tokens = answer(target, part, places, arguments.new_tokens, tally)
+            plain = plain or tokens
+            if tally.kind.rule == "match":
+                tally.margins += parted(target, part, plain, tokens)
+            console.print(tally.row(tallies[0]))
 
 
 def main(arguments: Arguments) -> None:
     """Measures all kinds and prints them as they come."""
     session.cache_compilations()
-    console, began = Console(width=140), time.perf_counter()
+    console = Console(width=140)
     target, draft = jaxlm.load(arguments.target), jaxlm.load(arguments.draft)
-    questions = bench.read_questions(arguments.questions)[:arguments.prompts]
-    prompts = [bench.encode(target, question, raw=False) for question in questions]
-    prompts.sort(key=len)  # rows of a batch wait for the longest
-    rows: list[Measured] = []
-
-    def add(row: Measured) -> None:
-        rows.append(row)
-        console.print(row, f"{time.perf_counter() - began:.0f} s")
+    questions = bench.read_questions(arguments.questions)
+    prompts = [bench.encode(target, question, raw=False) for question in questions[:arguments.prompts + arguments.batch]]
+    prompts, others = sorted(prompts[:arguments.prompts], key=len), prompts[arguments.prompts:]
+    if not others:
+        raise ValueError(f"{arguments.questions} has {len(questions)} questions: the tree's shape needs some beside the "
+                         f"{arguments.prompts} that are measured")
+    accuracies = agreement(target, draft, others, arguments.new_tokens)
+    console.print(f"the draft's choices are the target's token: {', '.join(f'{share:.3f}' for share in accuracies)}")
+    tallies = [Tally(kind) for kind in kinds(draft, (accuracies,), arguments.nodes, arguments.length)]
+    groups = [[tally for tally in tallies if tally.kind.temperature == temperature] for temperature in (0.0, 0.8)]
+    try:
+        for group in groups:
+            measure(target, prompts, arguments, group, console)
+    finally:
+        rows = [tally.row(group[0]) for group in groups for tally in group if tally.prompts]
+        show(rows, console)
         if arguments.json is not None:
-            text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
-            arguments.json.write_text(text + "\n", encoding="utf-8")
+            found = {"machine": machine.describe(), "accuracies": accuracies, "rows": rows}
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    plain = {}
-    for temperature in (0.0, 0.8):
-        plain[temperature] = answers(target, prompts, arguments, temperature)
-        add(Measured("nothing", "", temperature, 1.0, plain[temperature][2], 1.0, None, None))
-        add(measure(target, prompts, arguments, plain, "lookup", "match", temperature, drafter="lookup"))
-    for name, rule, shape, temperature in kinds(arguments.nodes, arguments.length):
-        drafter = draft_model(draft, shape)
-        add(measure(target, prompts, arguments, plain, name, rule, temperature, drafter=drafter, rule=rule))
-    table = Table("drafted", "rule", "temperature", "tokens per call", "tokens/s", "of plain", "rows that differ",
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    """Prints the table."""
+    table = Table("drafted", "rule", "temperature", "prompts", "tokens per call", "tokens/s", "of plain", "rows that differ",
                   "least margin")
     for row in rows:
-        table.add_row(row.shape, row.rule, str(row.temperature), f"{row.tokens_per_call:.2f}", f"{row.tokens_per_s:.1f}",
-                      f"{row.ratio:.2f}x", "" if row.differing is None else str(row.differing),
-                      "" if row.least_margin is None else f"{row.least_margin:.1e}")
+        table.add_row(row["drafted"], row["rule"], str(row["temperature"]), str(row["prompts"]),
+                      f"{row['tokens_per_call']:.2f}", f"{row['tokens_per_s']:.1f}", f"{row['ratio_to_plain']:.2f}x",
+                      "" if row["differing"] is None else str(row["differing"]),
+                      "" if row["least_margin"] is None else f"{row['least_margin']:.1e}")
     console.print(table)
-
-
-def measure(target: jaxlm.Model, prompts: list[list[int]], arguments: Arguments, plain: dict[float, Any], name: str,
-            rule: str, temperature: float, **options: Any) -> Measured:
-    """One row of the table."""
-    tokens, per_call, per_s = answers(target, prompts, arguments, temperature, **options)
-    reference, _, plain_per_s = plain[temperature]
-    same = parted(target, prompts, reference, tokens) if rule == "match" else (None, None)
-    if temperature:  # the noise decides there, and a gap of logits says nothing
-        same = (same[0], None)
-    return Measured(name, rule, temperature, per_call, per_s, per_s / plain_per_s, *same)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 python -m infer.bench --model PATH --questions FILE --drafters none,lookup,recycling --json OUT --chart PNG
 
-The engines take turns question by question, in an order that rotates, so a noisy machine is as hard on one as on another. Wall
-seconds are those of prefill, decoding and the host's part, without compiling. Every answer is compared with plain decoding's.
+The engines take turns question by question, in an order that rotates, so a noisy machine is as hard on one as on another;
+short prompts come first, whatever their category. Wall seconds are those of prefill, decoding and the host's part, without
+compiling. Every answer is compared with plain decoding's.
 
 A file of questions has JSON lines: Spec-Bench's (question_id, category, turns) are asked through the chat template where there
 is one, HumanEval's (task_id, prompt) are continued as they are; it may be gzipped.
@@ -12,6 +13,7 @@ is one, HumanEval's (task_id, prompt) are continued as they are; it may be gzipp
 import contextlib
 import dataclasses
 import gzip
+import itertools
 import json
 import pathlib
 import time
@@ -28,8 +30,6 @@ from rich.table import Table
 import jaxlm
 from infer import generate, machine, reference, session
 from jaxlm.decoding.generate import bucket, slots_for
-from jaxlm.decoding.speculative.drafters import Drafter
-from jaxlm.decoding.speculative.drafters.model import draft_model
 
 # Spec-Bench reports the eight kinds of MT-bench as one.
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -137,7 +137,8 @@ class Engine(Protocol):
 class Jaxlm:
     """`jaxlm.generate` with or without a drafter, whose state is kept from call to call where `state` is "warm"."""
 
-    def __init__(self, model: jaxlm.Model, name: str, state: str, arguments: "Arguments", drafter: str | Drafter):
+    def __init__(self, model: jaxlm.Model, name: str, state: str, arguments: "Arguments",
+                 drafter: str | jaxlm.Model):
         self.name, self.state = name, state
         self._model, self._arguments, self._kept, self._depth = model, arguments, None, 0
         self._compiled: set[tuple[int, ...]] = set()
@@ -245,7 +246,7 @@ class Arguments:
     raw: bool = False
     """Ask without the chat template."""
     warm_up: bool = True
-    """Compile everything before the first measurement; what compiles later is subtracted."""
+    """Compile for a length of prompts before its first measurement; what compiles later is subtracted."""
     transformers: bool = False
     """Measure transformers' plain decoding and prompt lookup beside them, in float32 on the CPU; needs the extra parity."""
     json: pathlib.Path | None = None
@@ -497,22 +498,37 @@ def encode(model: jaxlm.Model, question: Question, raw: bool) -> list[int]:
     return model.tokenizer.encode(question.text)
 
 
-def warm_up(engines: Sequence[Engine], todo: Sequence[Group], console: Console) -> None:
-    """Compiles for every length; plain decoding's answer tells after which token the others may stop."""
-    console.print(f"[dim]{len(todo)} calls of {len(engines)} engines; compiling first for every length[/dim]")
-    with console.status("compiling") as status:
-        for i, group in enumerate(todo, 1):
-            status.update(f"compiling: {i} of {len(todo)}")
+def by_length(todo: Iterable[Group]) -> list[list[Group]]:
+    """The groups that programs are compiled for together, the shortest first."""
+    def width(group: Group) -> int:
+        return bucket(group.longest)
+
+    return [list(part) for _, part in itertools.groupby(sorted(todo, key=width), width)]
+
+
+def warm_up(model: jaxlm.Model, engines: Sequence[Engine], todo: Sequence[Group], console: Console) -> None:
+    """Compiles for these groups; plain decoding's answer tells after which token the others may stop.
+
+    What was compiled before is dropped: no process may map the memory of programs for all lengths.
+    """
+    jax.clear_caches()
+    model.compiled.clear()
+    with console.status(f"compiling for prompts of {max(group.longest for group in todo)} tokens"):
+        for group in todo:
             ends = engines[0].warm_up(group, None)
             for engine in engines[1:]:
                 engine.warm_up(group, ends)
 
 
-def measure(model: jaxlm.Model, engines: Sequence[Engine], todo: Sequence[Group], greedy: bool,
+def measure(model: jaxlm.Model, engines: Sequence[Engine], todo: Sequence[Group], of: int, greedy: bool,
             records: Mapping[Engine, list[Record]], console: Console) -> None:
-    """Has all engines answer every group, in turns; `records` grows by whole groups, so an interruption leaves it even."""
+    """Has all engines answer every group, in turns; `records` grows by whole groups, so an interruption leaves it even.
+
+    Args:
+      of: groups that there are in all.
+    """
     told = time.monotonic()
-    for i, group in enumerate(todo):
+    for i, group in enumerate(todo, len(records[engines[0]])):
         turn = i % len(engines)
         answers = {engine: engine.answer(group) for engine in [*engines[turn:], *engines[:turn]]}
         plain = answers[engines[0]]
@@ -520,9 +536,9 @@ def measure(model: jaxlm.Model, engines: Sequence[Engine], todo: Sequence[Group]
                  for engine, answer in answers.items()}
         for engine, record in found.items():
             records[engine].append(record)
-        if time.monotonic() - told > 10 or i + 1 == len(todo):
+        if time.monotonic() - told > 10 or i + 1 == of:
             told = time.monotonic()
-            console.print(f"[dim]{progress(i + 1, len(todo), engines, records)}[/dim]")
+            console.print(f"[dim]{progress(i + 1, of, engines, records)}[/dim]")
 
 
 def progress(done: int, of: int, engines: Sequence[Engine], records: Mapping[Engine, Sequence[Record]]) -> str:
@@ -549,10 +565,9 @@ def drafters(names: str) -> list[str]:
 def line_up(model: jaxlm.Model, arguments: Arguments) -> Iterator[list[Engine]]:
     """The engines, plain decoding first, and for as long as this lasts transformers' process."""
     states = ("cold", "warm") if arguments.state == "both" else (arguments.state,)
-    made: dict[str, str | Drafter] = {name: name for name in drafters(arguments.drafters)}
+    made: dict[str, str | jaxlm.Model] = {name: name for name in drafters(arguments.drafters)}
     if arguments.draft_model is not None:
-        draft = load(arguments.draft_model, arguments)
-        made["model"] = draft_model(draft) if arguments.tree is None else draft_model(draft, arguments.tree)
+        made["model"] = load(arguments.draft_model, arguments)
     engines: list[Engine] = [Jaxlm(model, "none", "cold", arguments, "none")]
     engines += [Jaxlm(model, name, state, arguments, drafter) for name, drafter in made.items() for state in states]
     if not arguments.transformers:
@@ -590,9 +605,11 @@ def main(arguments: Arguments) -> None:
         records: dict[Engine, list[Record]] = {engine: [] for engine in engines}
         interrupted = None
         try:
-            if arguments.warm_up:
-                warm_up(engines, todo, console)
-            measure(model, engines, todo, arguments.temperature == 0, records, console)
+            console.print(f"[dim]{len(todo)} calls of {len(engines)} engines, the shortest prompts first[/dim]")
+            for part in by_length(todo):
+                if arguments.warm_up:
+                    warm_up(model, engines, part, console)
+                measure(model, engines, part, len(todo), arguments.temperature == 0, records, console)
         except KeyboardInterrupt as error:
             interrupted = error
     if records[engines[0]]:

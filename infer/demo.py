@@ -1,4 +1,4 @@
-"""The demo: fetches SmolLM2-135M-Instruct, has it answer a question plainly and then by speculation, and compares the two.
+"""The demo: fetches SmolLM2-135M-Instruct, has it answer questions plainly and then by speculation, and compares the two.
 
 python -m infer.demo
 """
@@ -14,13 +14,21 @@ from rich.table import Table
 import jaxlm
 from infer import assets, generate, session
 
+# One whose answer nothing foretells, and one whose answer the question holds for the most part.
+QUESTIONS = (
+    "Why is the sky blue? Answer in three sentences.",
+    "Correct the spelling of this text and answer with nothing but the text: The libary opens at nine in the morning and "
+    "closes at six in the evening. On Sundays the libary is closed. Books may be borowed for four weeks, and they may be borowed "
+    "again for another four weeks if nobody else has asked for them. Members of the libary pay nothing, visiters pay five pounds a "
+    "year.",
+)
 
-def main(prompt: str = "Why is the sky blue? Answer in three sentences.", max_new_tokens: int = 128,
-         drafter: str = "auto", tree: int | None = None) -> None:
+
+def main(prompt: str | None = None, max_new_tokens: int = 128, drafter: str = "auto", tree: int | None = None) -> None:
     """Fetches the model where it is not there yet, then streams the same answer twice, decoded in two ways.
 
     Args:
-      prompt: the question.
+      prompt: the question; default two, one after the other.
       max_new_tokens: the most tokens to answer with.
       drafter: what drafts the second answer.
       tree: nodes of a drafted tree; None is the drafter's own.
@@ -33,18 +41,23 @@ def main(prompt: str = "Why is the sky blue? Answer in three sentences.", max_ne
     model = jaxlm.load(path)
     loaded = time.perf_counter()
     console.print(f"[dim]fetched in {fetched - began:.1f} s, loaded in {loaded - fetched:.1f} s: {path.name}[/dim]")
-    console.print(prompt, style="bold", markup=False, emoji=False)
-    tokens = generate.ask(model.tokenizer, [{"role": "user", "content": prompt}])
     plainly = generate.Arguments(model=str(path), max_new_tokens=max_new_tokens)
-    speculating = dataclasses.replace(plainly, speculating=generate.Speculating(drafter, tree))
-    answers = []
-    for name, arguments in (("plain decoding", plainly), (f"speculation, drafter {drafter}", speculating)):
-        console.print(f"\n[dim]{name}[/dim]")
-        result = generate.answer(model, tokens, arguments, partial(session.show, console))
-        console.print(f"\n[dim]{generate.statistics(result)}[/dim]")
-        answers.append(result)
-    console.print()
-    console.print(comparison(*answers, drafter))
+    speculating = dataclasses.replace(plainly, speculating=generate.Speculating(drafter, tree=tree))
+    ways = (("plain decoding", plainly, None), (f"speculation, drafter {drafter}", speculating, drafter))
+    for question in QUESTIONS if prompt is None else (prompt,):
+        console.print()
+        console.print(question, style="bold", markup=False, emoji=False)
+        tokens = generate.ask(model.tokenizer, [{"role": "user", "content": question}])
+        answers = []
+        for name, arguments, by in ways:
+            with console.status("compiling, and a first run for what programs set up in theirs"):
+                generate.answer(model, tokens, arguments, by, lambda _: None)
+            console.print(f"\n[dim]{name}[/dim]")
+            result = generate.answer(model, tokens, arguments, by, partial(session.show, console))
+            console.print(f"\n[dim]{generate.statistics(result)}[/dim]")
+            answers.append(result)
+        console.print()
+        console.print(comparison(*answers, drafter))
 
 
 def comparison(plain: jaxlm.Generation, speculated: jaxlm.Generation, drafter: str) -> Table:

@@ -45,7 +45,9 @@ class Speculating:
     """How tokens are drafted, to be verified several at a time."""
 
     drafter: str | None = None
-    """What drafts: "lookup", "recycling", several joined by "+", ...; default none."""
+    """What drafts: "lookup", "recycling", several joined by "+", "auto", ...; default none."""
+    draft_model: str | None = None
+    """A smaller model of the same vocabulary that drafts, in place of a drafter's name."""
     tree: int | None = None
     """Nodes of a drafted tree; default the drafter's own."""
     rule: str | None = None
@@ -83,16 +85,17 @@ def ask(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return tokenizer.encode(tokenizer.chat(messages), add_special=False)
 
 
-def answer(model: jaxlm.Model, prompt: list[int], arguments: Arguments, show: Callable[[str], None],
-           state: Any = None) -> jaxlm.Generation:
+def answer(model: jaxlm.Model, prompt: list[int], arguments: Arguments, drafter: str | jaxlm.Model | None,
+           show: Callable[[str], None], state: Any = None) -> jaxlm.Generation:
     """One answer, shown as it comes; `state` is what the drafter kept of an earlier one."""
     room = model.config.length - len(prompt)
     if room < 1:
         raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context is {model.config.length}")
-    options = dataclasses.asdict(arguments.sampling) | dataclasses.asdict(arguments.speculating)
+    options = dataclasses.asdict(arguments.sampling)
     options["stop_strings"] = options["stop_strings"] or None
-    return jaxlm.generate(model, [prompt], min(arguments.max_new_tokens, room), key=arguments.seed,
-                          drafter_state=state, on_text=lambda pieces: show(pieces[0]), **options)
+    return jaxlm.generate(model, [prompt], min(arguments.max_new_tokens, room), key=arguments.seed, drafter=drafter,
+                          tree=arguments.speculating.tree, rule=arguments.speculating.rule, drafter_state=state,
+                          on_text=lambda pieces: show(pieces[0]), **options)
 
 
 def statistics(result: jaxlm.Generation) -> str:
@@ -118,7 +121,7 @@ def speculated(result: jaxlm.Generation, drafter: str | None) -> dict[str, Any] 
     }
 
 
-def converse(model: jaxlm.Model, arguments: Arguments, console: Any) -> None:
+def converse(model: jaxlm.Model, arguments: Arguments, drafter: str | jaxlm.Model | None, console: Any) -> None:
     """Question and answer until an empty line."""
     if not model.tokenizer.has_chat_template:
         raise ValueError("this model has no chat template, so it cannot hold a conversation: leave out --chat")
@@ -136,7 +139,7 @@ def converse(model: jaxlm.Model, arguments: Arguments, console: Any) -> None:
         if len(prompt) >= model.config.length:
             console.print(f"[dim]the conversation has reached the model's context of {model.config.length} tokens[/dim]")
             return
-        result = answer(model, prompt, arguments, partial(session.show, console), state)
+        result = answer(model, prompt, arguments, drafter, partial(session.show, console), state)
         state = None if result.speculation is None else result.speculation.state
         messages.append({"role": "assistant", "content": result.text[0]})
         console.print(f"\n[dim]{statistics(result)}[/dim]")
@@ -148,12 +151,19 @@ def main(arguments: Arguments) -> None:
     console = session.console(arguments.json)
     if arguments.chat and (arguments.json or arguments.raw or arguments.prompt is not None):
         raise ValueError("--chat asks for its prompts, so it goes with none of --prompt, --raw and --json")
+    speculating, dtype = arguments.speculating, None if arguments.dtype is None else jnp.dtype(arguments.dtype)
+    if speculating.drafter is not None and speculating.draft_model is not None:
+        raise ValueError("either --drafter or --draft-model drafts, not both")
     with console.status(f"loading {arguments.model}"):
-        model = jaxlm.load(arguments.model, dtype=None if arguments.dtype is None else jnp.dtype(arguments.dtype))
+        model = jaxlm.load(arguments.model, dtype=dtype)
+    drafter: str | jaxlm.Model | None = speculating.drafter
+    if speculating.draft_model is not None:
+        with console.status(f"loading {speculating.draft_model}"):
+            drafter = jaxlm.load(speculating.draft_model, dtype=dtype)
     if model.tokenizer is None:
         raise ValueError(f"{arguments.model} has no tokenizer, so it cannot take text")
     if arguments.chat:
-        converse(model, arguments, console)
+        converse(model, arguments, drafter, console)
         return
     text = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     if model.tokenizer.has_chat_template and not arguments.raw:
@@ -163,13 +173,13 @@ def main(arguments: Arguments) -> None:
         raise ValueError("--system needs a model with a chat template, and no --raw")
     else:
         prompt = model.tokenizer.encode(text)
-    result = answer(model, prompt, arguments, partial(session.show, console))
+    result = answer(model, prompt, arguments, drafter, partial(session.show, console))
     console.print(f"\n[dim]{statistics(result)}[/dim]")
     session.finish({
         "tokens": result.tokens[0].tolist(), "text": result.text[0], "finish": result.finish[0],
         "prompt_tokens": result.prompt_tokens[0], "compile_s": result.seconds.compile,
         "prefill_s": result.seconds.prefill, "decode_s": result.seconds.decode, "tokens_per_s": result.tokens_per_s,
-        "speculation": speculated(result, arguments.speculating.drafter),
+        "speculation": speculated(result, speculating.draft_model or speculating.drafter),
     }, arguments.json)
 
 

@@ -58,7 +58,7 @@ def unstack(params: PyTree, cfg: config.Decoder) -> PyTree:
 def prefix(cfg: config.Decoder, params: PyTree, cache: Cache, layers: int) -> tuple[config.Decoder, PyTree, Cache]:
     """The model that is the first blocks of another, with the same embedding, final norm and head, and its part of a cache.
 
-    Of stacked weights the slices are copies; of unrolled weights and of the cache nothing is.
+    Nothing is copied but what a prefix has of a group that does not begin with it: the rest of a pattern's repeat.
 
     Raises:
       ValueError: when there are not so many blocks.
@@ -71,9 +71,9 @@ def prefix(cfg: config.Decoder, params: PyTree, cache: Cache, layers: int) -> tu
 
 def check_tokens(tokens: Any, vocabulary: int, positions: Any = None, lengths: Any = None) -> None:
     """Raises:
-      ValueError: for the first token id that is not 0 to vocabulary - 1 where there is a token (its position is not -1, its place
-        within the row's length); names it and its place. Tracers are not checked: inside `jax.jit` such an id reads the nearest
-        row.
+      ValueError: for the first token id that is not 0 to vocabulary - 1 where there is a token (its position is not -1, its
+        place within the row's length); names it and its place. Tracers are not checked: inside `jax.jit` such an id reads the
+        nearest row.
     """
     if any(isinstance(array, jax.core.Tracer) for array in (tokens, positions, lengths)):
         return
@@ -93,7 +93,8 @@ def check_tokens(tokens: Any, vocabulary: int, positions: Any = None, lengths: A
 def forward(params: PyTree, cfg: config.Decoder, tokens: Int[Array, "B T"] | None = None, *,
             embeddings: Float[Array, "B T D"] | None = None, positions: Int[Array, "B T"] | None = None,
             lengths: Int[Array, "B"] | None = None, mask: Bool[Array, "B T T"] | None = None,
-            segments: Int[Array, "B T"] | None = None, cache: Cache | None = None, context: Int[Array, "B"] | None = None, at: Int[Array, "B Q"] | None = None,
+            segments: Int[Array, "B T"] | None = None, cache: Cache | None = None,
+            context: Int[Array, "B"] | None = None, at: Int[Array, "B Q"] | None = None,
             hidden: Sequence[int] = (), logits: bool = True, dtype: Any = None, remat: Any = None) -> Output:
     """Logits of the tokens that follow each of the T given ones.
 

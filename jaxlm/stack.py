@@ -59,8 +59,11 @@ def prefix(cfg: config.Stack, layers: int) -> config.Stack:
 
 
 def prefix_weights(params: dict[str, Any], cfg: config.Stack, layers: int) -> dict[str, Any]:
-    """The weights of `prefix(cfg, layers)`, stacked or unrolled as they come."""
+    """The weights of `prefix(cfg, layers)`, stacked or unrolled as they come. What begins with a group keeps all its repeats:
+    they are not read, and cutting would copy the weights."""
     def cut(place: Any, start: int, count: int) -> Any:
+        if start == 0:
+            return place
         if isinstance(place, tuple):
             return place[start:start + count]
         return jax.tree.map(lambda leaf: leaf[start:start + count], place)
@@ -156,10 +159,19 @@ def _unrolled(group: config.Group, trees: Sequence[Any], caches: Sequence[KeyVal
 
 def _scanned(group: config.Group, trees: Sequence[Any], caches: Sequence[KeyValue] | None, carry: Carry, context: Context,
              remat: Any) -> tuple[Carry, tuple[KeyValue, ...]]:
-    # The cache is indexed inside, not scanned over: scanning would copy all of it at every step.
-    def body(carry: Carry, xs: tuple[Any, Array]) -> tuple[Carry, tuple[KeyValue, ...]]:
-        trees, repeat = xs
-        mine = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, repeat, 0, keepdims=False), caches)
-        return _once(group, trees, mine, carry, context, remat)
+    def at(stacked: Any, repeat: Array) -> Any:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, repeat, 0, keepdims=False), stacked)
 
-    return jax.lax.scan(body, carry, (tuple(trees), jnp.arange(group.repeats)))
+    # The cache is indexed inside, not scanned over: scanning would copy all of it at every step. So are weights of which a
+    # prefix takes the first repeats only; scanning over all is better for gradients.
+    stacked = {leaf.shape[0] for leaf in jax.tree.leaves(trees)}
+    if min(stacked) < group.repeats:
+        raise ValueError(f"a group of layers is repeated {group.repeats} times, there are weights for {min(stacked)}")
+    whole = stacked == {group.repeats}
+
+    def body(carry: Carry, xs: tuple[Any, Array]) -> tuple[Carry, tuple[KeyValue, ...]]:
+        scanned, repeat = xs
+        mine = scanned if whole else at(tuple(trees), repeat)
+        return _once(group, mine, at(caches, repeat), carry, context, remat)
+
+    return jax.lax.scan(body, carry, (tuple(trees) if whole else (), jnp.arange(group.repeats)))

@@ -70,8 +70,8 @@ def dense(w: Weight) -> Float[Array, "..."]:
 
 
 # Products of so few rows XLA:CPU computes faster with them as columns, which sends it to another library: 30 layers of width
-# 576 and ff 1536, in ms: 2 rows 13.8 -> 13.2, 4: 15.1 -> 13.4, 8: 16.1 -> 13.3, 16: 20.0 -> 14.7, 24: 24.3 -> 21.1, 32: no gain;
-# its head of 49152: 2: 4.1 -> 3.2, 8: 4.7 -> 3.6, 16: 5.7 -> 4.3 (jax 0.10.2).
+# 576 and ff 1536, in ms: 2 rows 13.8 -> 13.2, 4: 15.1 -> 13.4, 8: 16.1 -> 13.3, 16: 20.0 -> 14.7, 24: 24.3 -> 21.1, 32: no
+# gain; its head of 49152: 2: 4.1 -> 3.2, 8: 4.7 -> 3.6, 16: 5.7 -> 4.3 (jax 0.10.2).
 _THIN = 24
 
 

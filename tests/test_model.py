@@ -85,8 +85,8 @@ def test_a_prefix_is_the_first_layers_of_weights_and_cache(layers, repeats, unro
     assert first.stack.blocks() == cfg.stack.blocks()[:layers] and [group.repeats for group in first.stack.groups] == repeats
     got = tiny.jit(lambda: model.forward(part, first, tokens[:, 5:], cache=kept, hidden=(layers,)))()
     np.testing.assert_allclose(got.hidden[0], want.hidden[0], atol=1e-5)
-    wanted = params.abstract(model.spec(first))
-    assert unrolled or jax.tree.map(jnp.shape, part) == jax.tree.map(lambda leaf: leaf.shape, wanted)
+    if not unrolled:  # not even by a slice
+        assert part["decoder"]["blocks"]["0"]["0"]["attention"]["q"] is weights["decoder"]["blocks"]["0"]["0"]["attention"]["q"]
 
 
 @pytest.mark.parametrize("layers", [0, 9])

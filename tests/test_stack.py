@@ -47,6 +47,11 @@ def test_a_prefix_of_layers_is_a_slice():
         got, kv_prefix, _ = run(sliced, cfg=prefix)
         np.testing.assert_allclose(got, taps[2 * repeats], atol=1e-5)
         np.testing.assert_allclose(kv_prefix[0][1].v, kv[0][1].v[:repeats], atol=1e-5)
+        uncut, kv_prefix, _ = run(weights, cfg=prefix)
+        np.testing.assert_array_equal(uncut, got)
+        assert kv_prefix[0][1].v.shape[0] == repeats
+        with pytest.raises(ValueError, match=f"repeated 3 times, there are weights for {repeats}"):
+            run(sliced, cfg=cfg)
 
 
 @pytest.mark.parametrize("unrolled", [False, True], ids=["scan", "unrolled"])

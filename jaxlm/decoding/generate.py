@@ -108,7 +108,8 @@ def _run(step: Forward, params: PyTree, state: loop.State | speculation.State, r
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-    """Wall-clock seconds: `compile` both programs (0 when known), `prefill` to every row's first token, `decode` the rest."""
+    """Wall-clock seconds: `compile` both programs (next to 0 when known) and measure calls for "auto", `prefill` to every row's
+    first token, `decode` the rest."""
 
     compile: float = 0.0
     prefill: float = 0.0
@@ -383,9 +384,11 @@ class _Job:
         if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(f"dtype must be a floating-point type like jnp.bfloat16, got {dtype!r}")
         self.logprobs = logprobs
-        self.drafter, self.rule, self.kept = None, None, drafter_state
+        self.drafter, self.rule, self.kept, self.made = None, None, drafter_state, 0.0
         if drafter is not None and drafter != "none":
-            self.drafter = drafters.make(drafter, tree, model, batch, self.dtype)
+            began = time.perf_counter()
+            self.drafter = drafters.make(drafter, tree, model, batch, self.dtype, rules.needed(rules.find(rule)))
+            self.made = time.perf_counter() - began
             self.rule = rules.make(rule, self.drafter)
             if drafter_state is not None:
                 _check_kept(self.drafter, drafter_state, vocabulary)
@@ -410,7 +413,7 @@ class _Job:
         with self.model.context():
             arguments = (step, params, jnp.asarray(tokens), jnp.asarray(lengths), self.request, slots, capacity, self.logprobs,
                          self.drafter, self.kept)
-            spent = Seconds(compile=self._compile(_prefill, arguments))
+            spent = Seconds(compile=self.made + self._compile(_prefill, arguments))
             began = time.perf_counter()
             state = jax.block_until_ready(_prefill(*arguments))
             spent = dataclasses.replace(spent, prefill=time.perf_counter() - began)

@@ -118,7 +118,8 @@ def restrict(logits: Float[Array, "B V"], settings: Settings) -> Float[Array, "B
         logp = jax.nn.log_softmax(logits, axis=-1)
         p = jnp.exp(logp)
         entropy = -jnp.sum(jnp.where(p > 0, p * logp, 0.0), axis=-1, keepdims=True)
-        off = (settings.typical_p >= 1)[:, None]
+        # The likeliest token need not be a typical one.
+        off = ((settings.typical_p >= 1) | (settings.temperature <= 0))[:, None]
         logits = keep(off | reaching(-jnp.abs(-logp - entropy), p, settings.typical_p))
     return logits
 

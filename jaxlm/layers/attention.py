@@ -18,7 +18,7 @@ from jaxlm.params import Param, normal, zeros
 from jaxlm.weight import einsum
 
 QUERIES = 256  # per run: bounds the scores of long inputs to QUERIES x keys
-SPANS = 16  # of causal queries at most, each of which sees keys up to its own end only: with n of them (n + 1) / 2n of all scores
+SPANS = 16  # of causal queries at most, each of which meets keys up to its own end: n of them make (n + 1) / 2n of the scores
 
 # Finite, so that a token that may see nothing (padding) gets junk and not NaN.
 MASKED = -1e30

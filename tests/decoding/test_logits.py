@@ -91,6 +91,12 @@ def test_typical_p_may_cut_the_likeliest_token():
     np.testing.assert_array_equal(left, [[False, True, True, False, False, False, False]])
 
 
+def test_at_temperature_zero_the_likeliest_token_need_not_be_typical():
+    logits = np.log(np.array([[0.4, 0.2, 0.2, 0.05, 0.05, 0.05, 0.05]])).astype(np.float32)
+    off = settings(temperature=np.zeros(1, np.float32), typical_p=np.array([0.39], np.float32))
+    assert choose(jnp.asarray(logits), off, jax.random.split(jax.random.key(0), 1), jnp.zeros(1, jnp.int32)).tolist() == [0]
+
+
 def check_restrict(logits, temperature, top_k, top_p, min_p, typical_p):
     """All filters in one row each, where no call is close."""
     out = np.asarray(fast[restrict](jnp.asarray(logits), settings(
@@ -103,9 +109,15 @@ def check_restrict(logits, temperature, top_k, top_p, min_p, typical_p):
         def slow(slack, row=row):
             near = 1 + slack
             return oracle.restrict(logits[row], float(temperature[row]), int(top_k[row]),
-                                   min(float(top_p[row]) * near, 1.0) if top_p[row] < 1 else 1.0, float(min_p[row]) * near,
+                                   min(float(top_p[row]) * near, 1.0) if top_p[row] < 1 else 1.0,
+                                   min(float(min_p[row]) * near, 1.0),
                                    min(float(typical_p[row]) * near, 1.0) if typical_p[row] < 1 else 1.0)
 
+        if typical_p[row] < 1:  # of tokens that are next to equally typical either may come first
+            before = oracle.restrict(logits[row], float(temperature[row]), int(top_k[row]), float(top_p[row]),
+                                     float(min_p[row]))
+            typical = np.sort(oracle.typicality(before)[np.isfinite(before)])
+            assume(np.all(np.diff(typical) > NEAR))
         want = slow(0.0)
         assume(all(np.array_equal(np.isfinite(slow(slack)), np.isfinite(want)) for slack in (-NEAR, NEAR)))
         np.testing.assert_array_equal(np.isfinite(out[row]), np.isfinite(want))

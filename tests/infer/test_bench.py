@@ -176,7 +176,8 @@ def run_fakes(asked, fails_at=None):
     records = {engine: [] for engine in engines}
     todo = [group(category, str(i)) for i, category in enumerate(["math", "qa", "stem", "math"])]
     try:
-        bench.measure(None, engines, todo, True, records, session.console(as_json=True))
+        for part in (todo[:3], todo[3:]):
+            bench.measure(None, engines, part, 4, True, records, session.console(as_json=True))
     except KeyboardInterrupt:
         assert fails_at is not None
     return engines, records

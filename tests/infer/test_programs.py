@@ -101,6 +101,19 @@ def test_speculation_says_what_it_did_and_changes_no_token(directory):
     assert found["sizes"] == {"5": found["calls"]}
 
 
+def test_a_smaller_model_drafts(directory):
+    """The model itself, so that all is accepted; drawn where the rule wants drafts that are drawn."""
+    words = ("--model", str(directory), "--prompt", "ab", "--max-new-tokens", "9", "--raw", "--json")
+    drafted = (*words, "--draft-model", str(directory))
+    plain, result, drawn = (json.loads(run(generate, *each).splitlines()[-1])
+                            for each in (words, drafted, (*drafted, "--rule", "chain", "--temperature", "0.5")))
+    assert result["tokens"] == plain["tokens"] and result["speculation"]["drafter"] == str(directory)
+    for each in (result, drawn):
+        assert each["speculation"]["emitted"][4] >= 1 and each["speculation"]["exact"] in ("tokens", "distribution")
+    assert result["speculation"]["emitted"] == [0, 0, 0, 1, 1] or result["speculation"]["emitted"] == [0, 0, 1, 0, 1]
+    assert drawn["speculation"]["exact"] == "distribution"
+
+
 def test_statistics_name_speculation_and_its_loss(directory):
     loaded = jaxlm.load(directory)
     plain = jaxlm.generate(loaded, ["ab"], 8)
@@ -117,9 +130,9 @@ def test_a_conversation_keeps_what_the_drafter_learned(directory, monkeypatch):
     results, states = [], []
     answer = generate.answer
 
-    def spy(loaded, prompt, arguments, show, state):
+    def spy(loaded, prompt, arguments, drafter, show, state):
         states.append(state)
-        results.append(answer(loaded, prompt, arguments, show, state))
+        results.append(answer(loaded, prompt, arguments, drafter, show, state))
         return results[-1]
 
     monkeypatch.setattr("rich.console.Console.input", lambda *_: next(typed))

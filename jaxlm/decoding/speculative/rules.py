@@ -402,11 +402,11 @@ def _name(rule: Rule) -> str:
     return next((name for name, kind in RULES.items() if type(rule) is kind), type(rule).__name__)
 
 
-def make(rule: str | Rule | None, drafter: Drafter) -> Rule:
+def find(rule: str | Rule | None) -> Rule:
     """The rule of this name, or the rule given; None is "match".
 
     Raises:
-      ValueError: for a name that is none, or a rule that is wrong for how the drafter draws; names those that are right.
+      ValueError: for a name that is none, and for what is no rule.
     """
     rule = "match" if rule is None else rule
     if isinstance(rule, str):
@@ -415,6 +415,23 @@ def make(rule: str | Rule | None, drafter: Drafter) -> Rule:
         rule = RULES[rule]()
     if not isinstance(rule, tuple(RULES.values())) and not (hasattr(rule, "visit") and not isinstance(rule, type)):
         raise ValueError(f"rule must be a name or a rule, like rules.Typical(), got {rule!r}")
+    return rule
+
+
+def needed(rule: Rule) -> str:
+    """How drafts for a rule are best drawn: "fixed" where it takes them, else as it demands. See `Drafter.draws`."""
+    if rule.draws is None or "fixed" in rule.draws:
+        return "fixed"
+    return "independent" if "independent" in rule.draws else "distinct"
+
+
+def make(rule: str | Rule | None, drafter: Drafter) -> Rule:
+    """What `find` gives, if it is right for the drafter.
+
+    Raises:
+      ValueError: also for a rule that is wrong for how the drafter draws; names those that are right.
+    """
+    rule = find(rule)
     if rule.draws is not None and drafter.draws not in rule.draws:
         right = [name for name, kind in RULES.items() if kind.draws is None or drafter.draws in kind.draws]
         raise ValueError(f"the rule {_name(rule)} is for drafts that are {' or '.join(sorted(rule.draws))}, those of "

@@ -288,14 +288,19 @@ def plant(template: Template, tokens: Int[Array, "B P"], valid: Bool[Array, "B P
     return Tree(tokens, parents, template.depth, template.width, **fields)
 
 
+def mixed(number: UInt32[Array, "..."], tokens: Int[Array, "..."]) -> UInt32[Array, "..."]:
+    """The number of a sequence of tokens with one more at its end: very likely no other sequence's."""
+    word = (tokens.astype(jnp.uint32) + 1) * jnp.uint32(2654435761)
+    number = (number ^ (number >> 15)) * jnp.uint32(2246822519) + word
+    return number ^ (number >> 13)
+
+
 def _paths(tokens: Int[Array, "B P"], parents: Int[Array, "B P"], depth: int) -> UInt32[Array, "B P"]:
     """A number for every node that is the same for equal sequences of tokens from the root, and very likely for no others."""
-    word = (tokens.astype(jnp.uint32) + 1) * jnp.uint32(2654435761)
     number = jnp.where(parents >= 0, jnp.uint32(0), jnp.uint32(97))
     for _ in range(depth):
         above = jnp.take_along_axis(number, jnp.maximum(parents, 0), axis=1)
-        mixed = (above ^ (above >> 15)) * jnp.uint32(2246822519) + word
-        number = jnp.where(parents >= 0, mixed ^ (mixed >> 13), number)
+        number = jnp.where(parents >= 0, mixed(above, tokens), number)
     return number
 
 

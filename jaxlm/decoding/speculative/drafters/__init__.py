@@ -6,7 +6,8 @@ layers.
 A `jaxlm.Model` drafts as a model; `model.draft_model` and `layers.first_layers` make such drafters with trees of other shapes.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jaxlm.decoding.speculative import cost
 from jaxlm.decoding.speculative import tree as trees
 from jaxlm.decoding.speculative.drafters.aded import ADED
 from jaxlm.decoding.speculative.drafters.base import Drafter, Seen, Start, View
-from jaxlm.decoding.speculative.drafters.grow import CHAIN
+from jaxlm.decoding.speculative.drafters.grow import CHAIN, Draws
 from jaxlm.decoding.speculative.drafters.layers import FirstLayers, first_layers
 from jaxlm.decoding.speculative.drafters.lookup import Lookup
 from jaxlm.decoding.speculative.drafters.model import DraftModel, draft_model
@@ -25,6 +26,21 @@ from jaxlm.decoding.speculative.drafters.recycling import ACCURACIES, Recycling
 from jaxlm.decoding.speculative.drafters.union import Union
 from jaxlm.decoding.speculative.tree import Template
 from jaxlm.model import Model
+
+NODES = 81  # of a tree, where nothing else is said
+
+
+@functools.cache
+def _member(name: str, nodes: int) -> Drafter:
+    """What a union of this size has to choose from: of recycling a few times as much as it has room for."""
+    if name == "recycling":
+        return Recycling(trees.best(ACCURACIES, min(4 * nodes, 256)))
+    return Lookup() if name == "lookup" else ADED()
+
+
+def _union(names: Sequence[str], tree: int | None) -> Union:
+    nodes = NODES if tree is None else tree
+    return Union(tuple(_member(name, nodes) for name in names), (nodes,))
 
 
 def _lookup(tree: int | Template | None) -> Drafter:
@@ -34,9 +50,10 @@ def _lookup(tree: int | Template | None) -> Drafter:
 
 
 def _recycling(tree: int | Template | None) -> Drafter:
-    if tree is None:
-        return Recycling()
-    return Recycling(tree if isinstance(tree, Template) else trees.best(ACCURACIES, tree))
+    if isinstance(tree, Template):
+        return Recycling(tree)
+    # The best of a wide template, by the acceptance so far: more is accepted than of any fixed one.
+    return _union(["recycling"], tree)
 
 
 def _aded(tree: int | Template | None) -> Drafter:
@@ -54,7 +71,12 @@ def automatic(sizes: tuple[int, ...], costs: tuple[float, ...]) -> Union:
     return Union((Lookup(), Recycling(reads_prompt=False)), sizes, jnp.asarray(costs, jnp.float32))
 
 
-def make(drafter: str | Drafter, tree: int | Template | None, target: Model, batch: int, dtype: Any = None) -> Drafter:
+def _where(model: Model) -> str:
+    return "one device" if model.mesh is None else f"a mesh of {dict(model.mesh.shape)}"
+
+
+def make(drafter: str | Model | Drafter, tree: int | Template | None, target: Model, batch: int, dtype: Any = None,
+         draws: Draws = "fixed") -> Drafter:
     """The drafter of this name, for a target and a number of rows.
 
     Args:
@@ -62,6 +84,7 @@ def make(drafter: str | Drafter, tree: int | Template | None, target: Model, bat
         given back.
       tree: nodes of the tree, the root among them, or a template; None for the drafter's own. For "auto" the most nodes.
       dtype: of the target's computation, in which "auto" measures it.
+      draws: how models and first layers are to draw a node's children; for other than "fixed" their trees are chains.
 
     Raises:
       ValueError: for a name that is none; a tree that the drafter cannot have, or that comes beside a drafter that has its own.
@@ -75,12 +98,15 @@ def make(drafter: str | Drafter, tree: int | Template | None, target: Model, bat
     if tree is not None and not isinstance(tree, Template) and (not isinstance(tree, (int, np.integer)) or tree < 2):
         raise ValueError(f"tree must be a number of nodes, at least 2 with the root, or a Template, got {tree!r}")
     if isinstance(drafter, Model):
-        return draft_model(drafter, CHAIN if tree is None else tree, dtype)
+        if drafter.mesh != target.mesh:
+            raise ValueError(f"the draft model must be where the target is: it is on {_where(drafter)}, the target on "
+                             f"{_where(target)}; split its weights with jaxlm.sharding.shardings too")
+        return draft_model(drafter, CHAIN if tree is None else tree, dtype, draws)
     if drafter.startswith("layers:"):
         count = drafter.removeprefix("layers:")
         if not count.isdecimal():
             raise ValueError(f"the first layers draft as layers:12, with their number, got {drafter!r}")
-        return first_layers(target, int(count), CHAIN if tree is None else tree, dtype)
+        return first_layers(target, int(count), CHAIN if tree is None else tree, dtype, draws)
     names = drafter.split("+")
     unknown = [name for name in names if name not in NAMES and drafter != "auto"]
     if unknown:
@@ -93,7 +119,7 @@ def make(drafter: str | Drafter, tree: int | Template | None, target: Model, bat
     if len(set(names)) < len(names):
         raise ValueError(f"a union has every drafter once, got {drafter!r}")
     if drafter != "auto":
-        return Union(tuple(NAMES[name](None) for name in names), (81 if tree is None else tree,))
+        return _union(names, tree)
     sizes = cost.budgets(jax.tree.leaves(target.ready)[0].devices(), batch, 64 if tree is None else tree)
     return automatic(sizes, cost.measure(target, batch, sizes, dtype))
 

@@ -430,11 +430,14 @@ class Dynamic(Shape):
         return trees.prune(tree, grown.shares, self.nodes)
 
 
-CHAIN = Static(trees.chain(4))
+CHAIN = trees.chain(4)
 
 
-def of(shape: Any) -> Shape:
-    """A shape as it is; a template filled with fixed draws; of a number of nodes, the dynamic tree.
+def of(shape: Any, draws: Draws = "fixed") -> Shape:
+    """A shape as it is; a template, filled; of a number of nodes, the dynamic tree, or a chain where children are drawn.
+
+    Args:
+      draws: how children are drawn; a `Shape` says so itself.
 
     Raises:
       ValueError: for anything else.
@@ -442,9 +445,9 @@ def of(shape: Any) -> Shape:
     if isinstance(shape, Shape):
         return shape
     if isinstance(shape, Template):
-        return Static(shape)
+        return Static(shape, draws)
     if isinstance(shape, int) and not isinstance(shape, bool):
-        return Dynamic(nodes=shape)
+        return Dynamic(nodes=shape) if draws == "fixed" else Static(trees.chain(shape - 1), draws)
     raise ValueError(f"a drafted tree's shape is a Shape, a Template or a number of nodes, got {shape!r}")
 
 

@@ -65,12 +65,13 @@ class FirstLayers(Grower):
         return tree, state
 
 
-def first_layers(target: Model, layers: int, shape: Shape | Template | int = grow.CHAIN, dtype: Any = None) -> FirstLayers:
+def first_layers(target: Model, layers: int, shape: Shape | Template | int = grow.CHAIN, dtype: Any = None,
+                 draws: grow.Draws = "fixed") -> FirstLayers:
     """A drafter from a target.
 
     Args:
       layers: how many of its blocks draft.
-      shape: as for `draft_model`.
+      shape, draws: as for `draft_model`.
       dtype: of the computation; default that of the weights.
 
     Raises:
@@ -78,4 +79,4 @@ def first_layers(target: Model, layers: int, shape: Shape | Template | int = gro
     """
     if not 1 <= layers <= target.config.stack.layers:
         raise ValueError(f"layers must be 1 to {target.config.stack.layers}, the target's, got {layers}")
-    return FirstLayers(target.config, layers, grow.of(shape), dtype)
+    return FirstLayers(target.config, layers, grow.of(shape, draws), dtype)

@@ -63,8 +63,8 @@ class Lookup(Drafter):
       nodes: of the tree, the root among them; the continuation of the longest match comes first.
     """
 
-    length: int = flax.struct.field(pytree_node=False, default=10)
-    count: int = flax.struct.field(pytree_node=False, default=3)
+    length: int = flax.struct.field(pytree_node=False, default=12)
+    count: int = flax.struct.field(pytree_node=False, default=4)
     longest: int = flax.struct.field(pytree_node=False, default=8)
     shortest: int = flax.struct.field(pytree_node=False, default=1)
     nodes: int = flax.struct.field(pytree_node=False, default=16)

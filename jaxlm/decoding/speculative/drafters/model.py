@@ -142,12 +142,14 @@ class DraftModel(Grower):
         return State(cache, state.scratch.clear())
 
 
-def draft_model(draft: Model, shape: Shape | Template | int = grow.CHAIN, dtype: Any = None) -> DraftModel:
+def draft_model(draft: Model, shape: Shape | Template | int = grow.CHAIN, dtype: Any = None,
+                draws: grow.Draws = "fixed") -> DraftModel:
     """A drafter from a model.
 
     Args:
-      shape: how its trees grow (`grow.Static`, `grow.StochasticBeam`, `grow.Dynamic`), a `Template` to fill with the likeliest
-        tokens, or how many nodes a dynamic tree is to have.
+      shape: how its trees grow (`grow.Static`, `grow.StochasticBeam`, `grow.Dynamic`), a `Template` to fill, or how many nodes
+        a dynamic tree is to have.
       dtype: of the computation; default that of the weights.
+      draws: how a template's nodes are drawn, see `grow.Static`; for other than "fixed" a number of nodes makes a chain.
     """
-    return DraftModel(draft.ready, draft.config, grow.of(shape), dtype)
+    return DraftModel(draft.ready, draft.config, grow.of(shape, draws), dtype)

@@ -1,16 +1,19 @@
 """Token Recycling: what followed a token last time is what is proposed after it now.
 
-A table holds the likeliest successors of every token, as the target last gave them; a template is filled from it level by
-level. The nodes that a tree computes and rejects are not lost: their logits go into the table like those of accepted ones.
+Tables hold the likeliest successors of every token, and of the last two and three, as the target last gave them; a template is
+filled from them level by level, from the longest context that is known. The nodes that a tree computes and rejects are not
+lost: their logits go into the tables like those of accepted ones.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxlm import sharding
 from jaxlm.decoding.logits import noise
@@ -18,14 +21,22 @@ from jaxlm.decoding.speculative import tree as trees
 from jaxlm.decoding.speculative.drafters.base import Drafter, Seen, Start, View
 from jaxlm.decoding.speculative.tree import Template, Tree
 
-# What the standard template takes for the acceptance of a child of each rank; assumed, after the shape of the paper's tree.
-ACCURACIES = ((0.42, 0.13, 0.07, 0.05, 0.03, 0.03, 0.02, 0.02),)
+# How often a child of each rank is accepted where its parent is, at depths 1 to 4 alike: SmolLM2-135M, contexts of one token,
+# 829 calls on 24 questions of Spec-Bench.
+ACCURACIES = ((0.447, 0.097, 0.052, 0.042, 0.021, 0.02, 0.014, 0.014),)
+
+TEMPLATE = trees.best(ACCURACIES, 81)
 
 # Lower ends of the classes of nodes, by share among the kept successors, and how often each class is accepted, at depth 1
-# and deeper, where prompt lookup does not propose it too: SmolLM2-135M on 30 questions of Spec-Bench.
+# and deeper, for each length of context, where prompt lookup does not propose it too: SmolLM2-135M on 30 questions of
+# Spec-Bench, smoothed where a class was rare.
 SHARES = (0.9, 0.75, 0.6, 0.45, 0.3, 0.2, 0.12, 0.06, 0.03, 0.0)
-PRIORS = (0.44, 0.44, 0.33, 0.28, 0.25, 0.11, 0.06, 0.03, 0.02, 0.012,
-          0.49, 0.38, 0.3, 0.28, 0.21, 0.11, 0.1, 0.03, 0.025, 0.012)
+PRIORS = ((0.28, 0.3, 0.24, 0.24, 0.16, 0.08, 0.07, 0.045, 0.025, 0.012,
+           0.45, 0.38, 0.25, 0.2, 0.17, 0.1, 0.06, 0.03, 0.025, 0.012),
+          (0.52, 0.45, 0.3, 0.2, 0.2, 0.07, 0.03, 0.025, 0.02, 0.012,
+           0.53, 0.5, 0.38, 0.35, 0.15, 0.12, 0.05, 0.03, 0.02, 0.012),
+          (0.58, 0.4, 0.32, 0.25, 0.25, 0.15, 0.05, 0.035, 0.035, 0.03,
+           0.65, 0.5, 0.42, 0.35, 0.18, 0.16, 0.06, 0.03, 0.02, 0.012))
 
 
 class Successors(NamedTuple):
@@ -66,6 +77,28 @@ def likeliest(logits: Float[Array, "B *P V"], count: int) -> Successors:
     return Successors(jnp.take_along_axis(found.ids, places, axis=-1), values)
 
 
+class Table(NamedTuple):
+    """The successors of contexts of so many tokens; of those that share a place, the one seen last.
+
+    Attributes:
+      contexts: uint32 [n], the number of the context at each place; None for contexts of one token, each of which has a place
+        of its own.
+      successors: [n, K].
+    """
+
+    contexts: UInt32[Array, " n"] | None
+    successors: Successors
+
+
+def _number(tokens: Sequence[Int[Array, "..."]]) -> UInt32[Array, "..."]:
+    """A number for the context, the last token first."""
+    return functools.reduce(trees.mixed, tokens, jnp.zeros((), jnp.uint32))
+
+
+def _place(number: UInt32[Array, "..."], slots: int) -> Int[Array, "..."]:
+    return (number % jnp.uint32(slots)).astype(jnp.int32)
+
+
 @flax.struct.dataclass
 class Recycling(Drafter):
     """Proposes recycled tokens; needs no training and, between calls, next to no time.
@@ -76,14 +109,23 @@ class Recycling(Drafter):
       template: the tree; a node of rank r gets its parent's r-th successor.
       count: successors that the table keeps of each token.
       reads_prompt: fills the table from the prompt's logits, which costs the head's product over the prompt.
+      order: tokens of the longest context that successors are kept for; 1 is the paper's table.
+      slots: contexts that are kept of each length above one.
 
     Reference: Luo et al. 2024, section 3, https://arxiv.org/abs/2408.08696. Departs from it: the template comes from
-    `tree.best`, nodes on the accepted path overrule others with the same token, and sampling is supported.
+    `tree.best`, contexts are longer, nodes on the accepted path overrule others of the same context, and sampling is supported.
     """
 
-    template: Template = flax.struct.field(pytree_node=False, default=trees.best(ACCURACIES, 81))
+    template: Template = flax.struct.field(pytree_node=False, default=TEMPLATE)
     count: int = flax.struct.field(pytree_node=False, default=8)
     reads_prompt: bool = flax.struct.field(pytree_node=False, default=True)
+    order: int = flax.struct.field(pytree_node=False, default=3)
+    slots: int = flax.struct.field(pytree_node=False, default=1 << 16)
+
+    def __post_init__(self) -> None:
+        if min(self.count, self.order, self.slots) < 1 or self.template.width > self.count:
+            raise ValueError("recycling needs an order and slots of at least 1 and as many successors as its template is wide, "
+                             f"{self.template.width}, got count={self.count}, order={self.order}, slots={self.slots}")
 
     @property
     def nodes(self) -> int:
@@ -95,16 +137,20 @@ class Recycling(Drafter):
         """That of the template."""
         return self.template.depth
 
-    def init(self, start: Start, kept: Successors | None) -> Successors:
-        """The table, all rows share it: the kept one or an empty one, and what the prompt says."""
-        shape = start.vocabulary, self.count
-        table = Successors(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)) if kept is None else kept
-        if not self.reads_prompt:
-            return table
-        order = jnp.broadcast_to(jnp.arange(start.tokens.shape[1], dtype=jnp.int32)[None], start.tokens.shape)
-        return self._learn(table, start.tokens, start.digest, jnp.where(start.valid(), order, -1))
+    def init(self, start: Start, kept: tuple[Table, ...] | None) -> tuple[Table, ...]:
+        """The tables, all rows share them: the kept ones or empty ones, and what the prompt says."""
+        def empty(slots: int) -> Successors:
+            return Successors(jnp.full((slots, self.count), -1, jnp.int32), jnp.zeros((slots, self.count), jnp.float32))
 
-    def keep(self, state: Successors) -> Successors:
+        longer = [Table(jnp.zeros(self.slots, jnp.uint32), empty(self.slots)) for _ in range(1, self.order)]
+        tables = (Table(None, empty(start.vocabulary)), *longer) if kept is None else kept
+        if not self.reads_prompt:
+            return tables
+        before = [jnp.pad(start.tokens, ((0, 0), (back, 0)), constant_values=-1)[:, :start.tokens.shape[1]]
+                  for back in range(1, self.order)]
+        return self._learn(tables, [start.tokens, *before], start.digest, start.valid().astype(jnp.int32) - 1)
+
+    def keep(self, state: tuple[Table, ...]) -> tuple[Table, ...]:
         """All of it."""
         return state
 
@@ -112,63 +158,108 @@ class Recycling(Drafter):
         """The likeliest successors."""
         return likeliest(logits, self.count)
 
-    def _learn(self, table: Successors, tokens: Int[Array, "B P"], seen: Successors, rank: Int[Array, "B P"]) -> Successors:
-        """Of entries for the same token the one of highest rank counts, the last among equals; rank -1 does not."""
-        vocabulary, tokens, rank = table.ids.shape[0], tokens.reshape(-1), rank.reshape(-1)
-        # Scatters with repeated indices write in no certain order, so the winner is found first.
-        order = jnp.where(rank >= 0, rank * tokens.size + jnp.arange(tokens.size, dtype=jnp.int32), -1)
-        winner = jnp.full(vocabulary, -1, jnp.int32).at[tokens].max(order, mode="drop")
-        place = jnp.where((order >= 0) & (winner[jnp.clip(tokens, 0, vocabulary - 1)] == order), tokens, vocabulary)
-        return jax.tree.map(lambda old, new: old.at[place].set(new.reshape(-1, self.count), mode="drop"), table, seen)
+    def _learn(self, tables: tuple[Table, ...], context: Sequence[Int[Array, "B P"]], seen: Successors,
+               rank: Int[Array, "B P"]) -> tuple[Table, ...]:
+        """Of entries for the same place the one of highest rank counts, the last among equals; rank -1 does not.
 
-    def successors(self, table: Successors, tokens: Int[Array, "B n"], view: View, depth: int) -> Successors:
-        """The table's rows for nodes of one depth, by falling logit, or by falling sum with the noise there is."""
-        rows = jax.tree.map(lambda leaf: leaf[tokens], table)
+        Args:
+          context: the tokens themselves, those before them, and so on.
+        """
+        size, rank = rank.size, rank.reshape(-1)
+        # Scatters with repeated indices write in no certain order, so the winner is found first.
+        order = jnp.where(rank >= 0, rank * size + jnp.arange(size, dtype=jnp.int32), -1)
+        learned = []
+        for length, table in enumerate(tables, 1):
+            slots = table.successors.ids.shape[0]
+            number = None if length == 1 else _number([tokens.reshape(-1) for tokens in context[:length]])
+            at = context[0].reshape(-1) if number is None else _place(number, slots)
+            winner = jnp.full(slots, -1, jnp.int32).at[at].max(order, mode="drop")
+            place = jnp.where((order >= 0) & (winner[jnp.clip(at, 0, slots - 1)] == order), at, slots)
+            new = jax.tree.map(lambda old, new, place=place: old.at[place].set(new.reshape(-1, self.count), mode="drop"),
+                               table.successors, seen)
+            contexts = None if number is None else table.contexts.at[place].set(number, mode="drop")
+            learned.append(Table(contexts, new))
+        return tuple(learned)
+
+    def successors(self, tables: tuple[Table, ...], context: Sequence[Int[Array, "B n"]], view: View,
+                   depth: int) -> tuple[Successors, Int[Array, "B n"]]:
+        """What is known to follow nodes of one depth, by falling logit, or by falling sum with the noise there is.
+
+        Returns:
+          (the successors, how many tokens of context they are known for)
+        """
+        rows = jax.tree.map(lambda leaf: leaf[context[0]], tables[0].successors)
+        known = jnp.ones(context[0].shape, jnp.int32)
+        for length, table in enumerate(tables[1:], 2):
+            number = _number(context[:length])
+            at = _place(number, self.slots)
+            hit = table.contexts[at] == number
+            rows = jax.tree.map(lambda old, leaf, at=at, hit=hit: jnp.where(hit[..., None], leaf[at], old), rows,
+                                table.successors)
+            known = jnp.where(hit, length, known)
         if view.request.settings.temperature is None:
-            return rows
+            return rows, known
         hot = view.request.settings.temperature
-        drawn = noise(view.request.keys, view.length + depth + 1, table.ids.shape[0])
+        drawn = noise(view.request.keys, view.length + depth + 1, tables[0].successors.ids.shape[0])
         near = jnp.take_along_axis(drawn[:, None, :], jnp.maximum(rows.ids, 0), axis=2)
         sums = rows.logits / jnp.where(hot > 0, jnp.maximum(hot, 1e-30), 1.0)[:, None, None]
         sums = jnp.where(rows.ids >= 0, sums + jnp.where((hot > 0)[:, None, None], near, 0.0), -jnp.inf)
         _, order = jax.lax.top_k(sums, self.count)
-        return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, order, axis=2), rows)
+        return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, order, axis=2), rows), known
 
     @property
     def classes(self) -> int:
-        """Of nodes: by their share among the successors that the table keeps, at depth 1 and deeper."""
-        return 2 * len(SHARES)
+        """Of nodes: by the tokens of context they are known for, and their share among the successors kept, at depth 1 and
+        deeper."""
+        return self.order * 2 * len(SHARES)
 
     @property
     def priors(self) -> tuple[float, ...]:
         """Acceptance of each class before any was seen."""
-        return PRIORS
+        return tuple(rate for length in range(self.order) for rate in PRIORS[min(length, len(PRIORS) - 1)])
 
-    def candidates(self, state: Successors, view: View) -> Tree:
-        """The template, filled, with each node's class; nodes for which the table has nothing are none."""
-        template = self.template
+    def _before(self, view: View, root: Int[Array, "B"]) -> list[Int[Array, "B"]]:
+        """The tokens before the one at `root`, the nearest first."""
+        found = []
+        for back in range(1, self.order):
+            token = jnp.take_along_axis(view.history, jnp.maximum(root - back, 0)[:, None], axis=1)[:, 0]
+            found.append(jnp.where(root >= back, token, -1))
+        return found
+
+    def candidates(self, state: tuple[Table, ...], view: View) -> Tree:
+        """The template, filled, with each node's class; nodes for which the tables have nothing are none."""
+        template, width = self.template, len(SHARES)
         tokens = jnp.zeros((view.length.shape[0], template.nodes), jnp.int32).at[:, 0].set(view.state.last)
+        before = [jnp.zeros_like(tokens).at[:, 0].set(token) for token in self._before(view, view.length)]
         valid: Bool[Array, "B P"] = jnp.ones(tokens.shape, bool)
         kinds = jnp.full(tokens.shape, -1, jnp.int32)
         for depth, level in enumerate(template.levels[1:]):
             parents = np.asarray(template.parents)[level]
             above = np.unique(parents)
-            rows = self.successors(state, tokens[:, above], view, depth)
-            where = np.searchsorted(above, parents)
-            ids = rows.ids[:, where, template.ranks[level]]
-            shares = jax.nn.softmax(jnp.where(rows.ids >= 0, rows.logits, -jnp.inf), axis=-1)[:, where, template.ranks[level]]
-            kind = jnp.sum(shares[..., None] < jnp.asarray(SHARES, jnp.float32)[None, None], axis=-1, dtype=jnp.int32)
+            context = [part[:, above] for part in (tokens, *before)]
+            rows, known = self.successors(state, context, view, depth)
+            where, ranks = np.searchsorted(above, parents), template.ranks[level]
+            ids = rows.ids[:, where, ranks]
+            shares = jax.nn.softmax(jnp.where(rows.ids >= 0, rows.logits, -jnp.inf), axis=-1)[:, where, ranks]
+            kind = jnp.minimum(jnp.sum(shares[..., None] < jnp.asarray(SHARES, jnp.float32)[None, None], axis=-1,
+                                       dtype=jnp.int32), width - 1)
             tokens = tokens.at[:, level].set(jnp.maximum(ids, 0))
+            before = [part.at[:, level].set(near[:, where]) for part, near in zip(before, context, strict=False)]
             valid = valid.at[:, level].set(ids >= 0)
-            kinds = kinds.at[:, level].set(jnp.minimum(kind, len(SHARES) - 1) + (len(SHARES) if depth else 0))
+            kinds = kinds.at[:, level].set(kind + (2 * (known[:, where] - 1) + (1 if depth else 0)) * width)
         return trees.plant(template, tokens, valid, kinds=kinds[..., None])
 
-    def propose(self, state: Successors, view: View) -> tuple[Tree, Successors]:
+    def propose(self, state: tuple[Table, ...], view: View) -> tuple[Tree, tuple[Table, ...]]:
         """The template, filled."""
         return self.candidates(state, view), state
 
-    def observe(self, state: Successors, seen: Seen) -> Successors:
+    def observe(self, state: tuple[Table, ...], seen: Seen) -> tuple[Table, ...]:
         """Learns from every node of rows that are not done."""
-        live = seen.tree.valid() & (seen.walk.count > 0)[:, None]
+        tree = seen.tree
+        live = tree.valid() & (seen.walk.count > 0)[:, None]
         rank = jnp.where(live, seen.visited().astype(jnp.int32), -1)
-        return self._learn(state, seen.tree.tokens, seen.digest, rank)
+        context, above = [tree.tokens], jnp.broadcast_to(tree.parents, tree.tokens.shape)
+        for token in self._before(seen.view, seen.view.length - seen.walk.count):
+            near = jnp.take_along_axis(context[-1], jnp.maximum(above, 0), axis=1)
+            context.append(jnp.where(above >= 0, near, token[:, None]))
+        return self._learn(state, context, seen.digest, rank)

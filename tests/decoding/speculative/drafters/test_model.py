@@ -394,7 +394,7 @@ def test_mistakes_are_named():
 
 
 @pytest.mark.parametrize("drafter", [
-    lambda lm: draft_model(lm), lambda lm: FirstLayers(lm.config, 1, grow.CHAIN)], ids=["model", "layers"])
+    lambda lm: draft_model(lm), lambda lm: FirstLayers(lm.config, 1, Static(grow.CHAIN))], ids=["model", "layers"])
 def test_another_vocabulary_is_refused(drafter):
     cfg = dataclasses.replace(TARGET, embedding=config.Embedding(23))
     other = Model(cfg, tiny.weights(model.spec(cfg)))

@@ -1,0 +1,176 @@
+"""What an objective is: a function from a document to an example, and what examples look like.
+
+The loss of all of these is that of predicted tokens, `cross_entropy`; objectives differ in what they show and what they ask.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+Ids = Int[np.ndarray, " n"]
+
+
+class Text(NamedTuple):
+    """An example for a single stack: each of n tokens is read, and something is asked there.
+
+    Attributes:
+      tokens: int32 [n], read.
+      targets: int32 [n], asked: the next token for decoders, the token itself for encoders.
+      weights: float32 [n], of each in the loss; 0 where nothing is asked.
+      prefix: how many tokens from the start every token of the document may see, later ones only earlier ones; 0 is causal.
+    """
+
+    tokens: Ids
+    targets: Ids
+    weights: Float[np.ndarray, " n"]
+    prefix: int = 0
+
+
+class Pair(NamedTuple):
+    """An example for an encoder-decoder.
+
+    Attributes:
+      inputs: int32 [n], read by the encoder.
+      targets: int32 [m], asked of the decoder.
+    """
+
+    inputs: Ids
+    targets: Ids
+
+
+Example = Text | Pair
+
+
+class Objective:
+    """The base of all objectives; subclasses are frozen dataclasses.
+
+    Attributes:
+      makes: what its examples are for: "decoder" or "encoder" (`Text`), or "pair" (`Pair`; `as_text` makes texts of them).
+    """
+
+    makes: ClassVar[Literal["decoder", "encoder", "pair"]]
+
+    def example(self, tokens: Ids, random: np.random.Generator) -> Example:
+        """An example of a document of at least two tokens.
+
+        Raises:
+          ValueError: for a document that is too short.
+        """
+        raise NotImplementedError
+
+
+def check(tokens: Ids, least: int = 2) -> Ids:
+    """The document as int32.
+
+    Raises:
+      ValueError: for one with fewer tokens than `least`, or that is not one row of ids.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"a document is one row of token ids, got shape {tokens.shape} of {tokens.dtype}")
+    if len(tokens) < least:
+        raise ValueError(f"this objective needs documents of at least {least} tokens, got one of {len(tokens)}")
+    return tokens.astype(np.int32)
+
+
+def as_text(pair: Pair) -> Text:
+    """A pair for a decoder-only model: the inputs as a prefix that all may see, then the targets, which alone are asked."""
+    whole = np.concatenate([pair.inputs, pair.targets]).astype(np.int32)
+    weights = np.ones(len(whole) - 1, np.float32)
+    weights[:len(pair.inputs) - 1] = 0.0
+    return Text(whole[:-1], whole[1:], weights, len(pair.inputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode(Objective):
+    """Another objective's examples with a token before them that says which it is.
+
+    Attributes:
+      token: put before the tokens read. In a `Text` nothing is asked of it but what follows.
+    """
+
+    token: int
+    objective: Objective
+
+    @property
+    def makes(self) -> str:  # type: ignore[override]
+        """As the objective."""
+        return self.objective.makes
+
+    def example(self, tokens: Ids, random: np.random.Generator) -> Example:
+        """The objective's example, marked."""
+        made = self.objective.example(tokens, random)
+        first = np.array([self.token], np.int32)
+        if isinstance(made, Pair):
+            return Pair(np.concatenate([first, made.inputs]), made.targets)
+        ahead = made.tokens[:1] if self.makes == "decoder" else first
+        return Text(np.concatenate([first, made.tokens]), np.concatenate([ahead, made.targets]),
+                    np.concatenate([np.zeros(1, np.float32), made.weights]), made.prefix + 1 if made.prefix else 0)
+
+
+def _same(objectives: Sequence[Objective]) -> str:
+    """What all of them make.
+
+    Raises:
+      ValueError: for none, or when they make different things.
+    """
+    kinds = {objective.makes for objective in objectives}
+    if len(kinds) != 1:
+        raise ValueError(f"objectives of one model make examples of one kind, these make {', '.join(sorted(kinds)) or 'none'}")
+    return kinds.pop()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture(Objective):
+    """For every document one of several objectives.
+
+    Attributes:
+      shares: how often each is taken, in any unit.
+    """
+
+    objectives: tuple[Objective, ...]
+    shares: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _same(self.objectives)
+        if len(self.shares) != len(self.objectives) or min(self.shares) < 0 or not sum(self.shares) > 0:
+            raise ValueError(f"a mixture of {len(self.objectives)} objectives needs as many shares, none negative and not all "
+                             f"0, got {self.shares}")
+
+    @property
+    def makes(self) -> str:  # type: ignore[override]
+        """As its objectives."""
+        return self.objectives[0].makes
+
+    def example(self, tokens: Ids, random: np.random.Generator) -> Example:
+        """An example of the objective that is drawn."""
+        shares = np.asarray(self.shares, np.float64)
+        return self.objectives[int(random.choice(len(shares), p=shares / shares.sum()))].example(tokens, random)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Objectives one after another.
+
+    Attributes:
+      phases: (objective, steps); the last one's steps may be None: to the end.
+    """
+
+    phases: tuple[tuple[Objective, int | None], ...]
+
+    def __post_init__(self) -> None:
+        _same([objective for objective, _ in self.phases])
+        *before, last = [steps for _, steps in self.phases]
+        if any(steps is None or steps < 1 for steps in before) or (last is not None and last < 1):
+            raise ValueError(f"every phase but the last has at least 1 step, got {[steps for _, steps in self.phases]}")
+
+    def at(self, step: int) -> Objective:
+        """The objective of a step, from 0; after the last phase its objective stays."""
+        for objective, steps in self.phases:
+            if steps is None or step < steps:
+                return objective
+            step -= steps
+        return self.phases[-1][0]

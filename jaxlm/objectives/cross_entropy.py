@@ -1,0 +1,104 @@
+"""The loss of predicted tokens, without ever holding all logits: a piece of every row at a time.
+
+When it is differentiated, the gradients are taken piece by piece in the same pass, where the logits are at hand: nothing of the
+vocabulary's size is kept for the backward pass but the head's gradient, and nothing is computed twice.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+Head = Callable[[PyTree, Float[Array, "B n D"]], Float[Array, "B n V"]]
+
+
+class Loss(NamedTuple):
+    """A sum of losses, and the weight to divide it by once all parts of a batch are summed.
+
+    Attributes:
+      aux: sums to be divided by `weight` too, for people to look at.
+    """
+
+    sum: Float[Array, ""]
+    weight: Float[Array, ""]
+    aux: dict[str, Float[Array, ""]]
+
+
+def cross_entropy(head: Head, params: PyTree, x: Float[Array, "B T D"], targets: Int[Array, "B T"],
+                  weights: Float[Array, "B T"], *, piece: int = 256, smoothing: float = 0.0, z: float = 0.0) -> Loss:
+    """The weighted sum of the tokens' negative log-probabilities, float32.
+
+    Args:
+      head: float32 logits from its own weights `params` and what the model ends in.
+      targets: 0 to V - 1; where the weight is 0 it does not matter what they are.
+      piece: tokens of each row whose logits exist at a time.
+      smoothing: share of the target that is spread evenly over the vocabulary.
+      z: factor of the squared logarithm of the softmax's denominator, which keeps logits from drifting.
+
+    Returns:
+      aux: "nll", the sum without smoothing and z; "correct", the weight of tokens that are the likeliest.
+
+    Reference: smoothing, Szegedy et al. 2016, section 7, https://arxiv.org/abs/1512.00567; z, Chowdhery et al. 2022, section 5,
+    https://arxiv.org/abs/2204.02311
+    """
+    batch, length = targets.shape
+    count = -(-length // piece)
+    pad = count * -(-length // count) - length
+
+    def pieces(y: Array) -> Array:
+        y = jnp.pad(y, ((0, 0), (0, pad), *[(0, 0)] * (y.ndim - 2)))
+        return jnp.moveaxis(y.reshape(batch, count, -1, *y.shape[2:]), 1, 0)
+
+    given = tuple(map(pieces, (x, targets, weights.astype(jnp.float32))))
+    total, aux = _sums(partial(_piece, head, smoothing, z), params, *given)
+    return Loss(total, jnp.sum(weights, dtype=jnp.float32), aux)
+
+
+Piece = Callable[[PyTree, Array, Array, Array], tuple[Array, dict[str, Array]]]
+
+
+def _piece(head: Head, smoothing: float, z: float, params: PyTree, x: Float[Array, "B n D"], targets: Int[Array, "B n"],
+           weights: Float[Array, "B n"]) -> tuple[Array, dict[str, Array]]:
+    logits = head(params, x).astype(jnp.float32)
+    targets = jnp.clip(targets, 0, logits.shape[-1] - 1)
+    normal = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nll = loss = normal - chosen
+    if smoothing:
+        loss = (1 - smoothing) * nll + smoothing * (normal - jnp.mean(logits, axis=-1))
+    if z:
+        loss = loss + z * normal**2
+    correct = (chosen >= jnp.max(logits, axis=-1)).astype(jnp.float32)
+    return jnp.sum(loss * weights), {"nll": jnp.sum(nll * weights), "correct": jnp.sum(correct * weights)}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(piece: Piece, params: PyTree, x: Float[Array, "n B t D"], targets: Int[Array, "n B t"],
+          weights: Float[Array, "n B t"]) -> tuple[Array, dict[str, Array]]:
+    sums = jax.lax.map(lambda given: piece(params, *given), (x, targets, weights))
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
+
+
+def _forward(piece: Piece, params: PyTree, x: Array, targets: Array, weights: Array) -> tuple[Any, Any]:
+    def once(gradient: PyTree, given: tuple[Array, Array, Array]) -> tuple[PyTree, Any]:
+        part, targets, weights = given
+        (total, aux), (mine, toward) = jax.value_and_grad(piece, argnums=(0, 1), has_aux=True)(params, part, targets, weights)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradient, mine), ((total, aux), toward)
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), params)
+    gradient, (sums, toward) = jax.lax.scan(once, zeros, (x, targets, weights))
+    gradient = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), gradient, params)
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums), (gradient, toward, weights)
+
+
+def _backward(piece: Piece, kept: Any, given: Any) -> tuple[Any, ...]:
+    # Of the aux nothing flows back: it is for people to look at. Weights are data.
+    (gradient, toward, weights), (factor, _) = kept, given
+    scaled = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), (gradient, toward))
+    return *scaled, None, jnp.zeros_like(weights)
+
+
+_sums.defvjp(_forward, _backward)

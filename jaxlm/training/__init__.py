@@ -1,0 +1,1 @@
+"""Training: schedules, optimizers, the sharded step. The loss is an argument: nothing here knows a model."""

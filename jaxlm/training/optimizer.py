@@ -1,0 +1,167 @@
+"""Optimizers: optax's, put together from what a config says and what every weight's `Param` knows of it.
+
+Weight decay, frozen parts and multipliers of the learning rate are chosen by path. A pattern that matches nothing is an error.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import Array, PyTree
+from optax import contrib
+
+from jaxlm.params import Param, Spec, paths, select
+from jaxlm.training.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101"""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Lion:
+    """Chen et al. 2023, https://arxiv.org/abs/2302.06675"""
+
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor:
+    """Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235: second moments of matrices kept as a row and a column.
+
+    Attributes:
+      decay: exponent of the step by which old moments are forgotten.
+      clip: largest root mean square of a weight's update.
+      relative: scales updates by the root mean square of the weight.
+    """
+
+    decay: float = 0.8
+    clip: float = 1.0
+    relative: bool = True
+    weight_decay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+    """Jordan et al. 2024, https://kellerjordan.github.io/posts/muon: orthogonalised momentum for matrices within blocks.
+
+    All other weights (embeddings, head, norms, biases) are AdamW's, with the same learning rate: updates of matrices are scaled
+    to the root mean square that Adam's usually have (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+
+    Attributes:
+      beta: of the momentum, Nesterov's.
+      iterations: of Newton and Schulz.
+      rms: root mean square of a matrix's update, before the learning rate.
+    """
+
+    beta: float = 0.95
+    iterations: int = 5
+    rms: float = 0.2
+    weight_decay: float = 0.1
+    others: AdamW = AdamW()
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """What makes an update of a gradient.
+
+    Attributes:
+      schedule: of the learning rate.
+      clip: largest global norm of the gradient; None for any.
+      decayed: patterns of the paths that weight decay is for; None for every weight that takes part in products but embeddings.
+      frozen: patterns of the paths that stay as they are, and need no memory for moments.
+      multipliers: (pattern, factor of the learning rate); later ones overrule.
+    """
+
+    kind: AdamW | Lion | Adafactor | Muon
+    schedule: Schedule
+    clip: float | None = 1.0
+    decayed: tuple[str, ...] | None = None
+    frozen: tuple[str, ...] = ()
+    multipliers: tuple[tuple[str, float], ...] = ()
+
+    def transform(self, spec: Spec) -> optax.GradientTransformation:
+        """The optax transformation for weights of this spec.
+
+        Raises:
+          ValueError: for a pattern that matches no path, and when everything is frozen.
+        """
+        frozen = select(spec, *self.frozen) if self.frozen else {}
+        if len(frozen) == len(paths(spec)):
+            raise ValueError(f"all weights are frozen by {', '.join(self.frozen)}: there is nothing to train")
+        factors = dict.fromkeys(paths(spec), 1.0)
+        for pattern, factor in self.multipliers:
+            factors |= dict.fromkeys(select(spec, pattern), factor)
+        parts = [] if self.clip is None else [optax.clip_by_global_norm(self.clip)]
+        parts += [self._precondition(spec)]
+        if self.kind.weight_decay:
+            parts.append(optax.add_decayed_weights(self.kind.weight_decay, _tree(spec, self._decays(spec))))
+        if self.multipliers:
+            parts.append(_by_path(lambda path, update: update * factors[path]))
+        parts.append(optax.scale_by_learning_rate(self.schedule))
+        labels = _tree(spec, {path: "frozen" if path in frozen else "trained" for path in paths(spec)})
+        return optax.multi_transform({"trained": optax.chain(*parts), "frozen": optax.set_to_zero()}, labels)
+
+    def _decays(self, spec: Spec) -> dict[str, bool]:
+        if self.decayed is not None:
+            chosen = select(spec, *self.decayed)
+            return {path: path in chosen for path in paths(spec)}
+        return {path: bool(param.inputs) and not path.endswith("embedding/tokens") for path, param in paths(spec).items()}
+
+    def _precondition(self, spec: Spec) -> optax.GradientTransformation:
+        match self.kind:
+            case AdamW(b1, b2, eps):
+                return optax.scale_by_adam(b1, b2, eps)
+            case Lion(b1, b2):
+                return optax.scale_by_lion(b1, b2)
+            case Adafactor(decay, clip, relative):
+                parts = [optax.scale_by_factored_rms(decay_rate=decay), optax.clip_by_block_rms(clip)]
+                return optax.chain(*parts, *([optax.scale_by_param_block_rms()] if relative else []))
+            case Muon(beta, iterations, rms, _, others):
+                axes = {path: _matrix(path, param) for path, param in paths(spec).items()}
+                sides = {path: max(math.prod(param.shape[axis] for axis in side) for side in axes[path])
+                         for path, param in paths(spec).items() if axes[path]}
+
+                def numbers(updates: PyTree) -> PyTree:
+                    return _map(lambda path, _: contrib.MuonDimensionNumbers(*axes[path]), updates)
+
+                # An orthogonal matrix's root mean square is 1 / sqrt(its longer side).
+                muon = optax.chain(contrib.scale_by_muon(ns_steps=iterations, beta=beta, weight_dimension_numbers=numbers),
+                                   _by_path(lambda path, update: update * (rms * sides[path]**0.5)))
+                labels = _tree(spec, {path: "muon" if found else "adam" for path, found in axes.items()})
+                adam = optax.scale_by_adam(others.b1, others.b2, others.eps)
+                return optax.multi_transform({"muon": muon, "adam": adam}, labels)
+
+
+def _matrix(path: str, param: Param) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Which dimensions are the inputs and the outputs of a matrix inside a block; layers and experts are neither."""
+    if "/blocks/" not in f"/{path}" or not param.inputs:
+        return None
+    outputs = tuple(axis for axis, name in enumerate(param.axes)
+                    if axis not in param.inputs and name not in ("layers", "experts"))
+    return (param.inputs, outputs) if outputs else None
+
+
+def _map(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree)
+
+
+def _tree(spec: Spec, values: dict[str, Any]) -> PyTree:
+    """Values by path, as a tree like the spec."""
+    return _map(lambda path, _: values[path], spec)
+
+
+def _by_path(function: Callable[[str, Array], Array]) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: _map(function, updates))

@@ -1,0 +1,133 @@
+"""One step of training: gradients of a batch, however it is cut, and the update.
+
+The loss gives a sum and a weight; gradients of sums are added up over the pieces of a batch and divided by the whole weight
+once, so accumulation changes nothing but memory. Nothing here leaves the device.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+
+class Loss(Protocol):
+    """What a loss gives: see `jaxlm.objectives.Loss`."""
+
+    sum: Float[Array, ""]
+    weight: Float[Array, ""]
+    aux: Mapping[str, Float[Array, ""]]
+
+
+LossFunction = Callable[[PyTree, PyTree, Key[Array, ""]], Loss]
+
+
+@flax.struct.dataclass
+class State:
+    """What a checkpoint holds.
+
+    Attributes:
+      step: int32, updates made (or skipped) so far.
+      params: the master weights.
+      moments: the optimizer's.
+      average: of the weights over the steps, or None.
+      key: of whatever the loss draws; a step's own is made of it and the step.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    moments: PyTree
+    average: PyTree | None
+    key: Key[Array, ""]
+
+
+@flax.struct.dataclass
+class Metrics:
+    """What a step tells, all float32 scalars.
+
+    Attributes:
+      loss: mean over the batch's weight.
+      weight: of the batch.
+      gradient_norm: before it is clipped.
+      finite: whether loss and gradient are.
+      aux: the loss's, divided by the weight.
+    """
+
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    finite: Bool[Array, ""]
+    aux: dict[str, Float[Array, ""]]
+
+
+def begin(params: PyTree, transform: optax.GradientTransformation, key: Key[Array, ""], average: bool = False) -> State:
+    """The state before the first step."""
+    kept = jax.tree.map(jnp.array, params) if average else None
+    return State(jnp.zeros((), jnp.int32), params, transform.init(params), kept, key)
+
+
+def gradients(loss: LossFunction, params: PyTree, batch: PyTree, key: Key[Array, ""],
+              pieces: int = 1) -> tuple[PyTree, Metrics]:
+    """The gradient of the batch's mean loss.
+
+    Args:
+      batch: arrays whose first dimension is that of examples.
+      pieces: one after another; they must divide the examples.
+
+    Raises:
+      ValueError: when they do not.
+    """
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or next(iter(sizes)) % pieces:
+        raise ValueError(f"a batch of {sorted(sizes)} examples cannot be taken in {pieces} pieces")
+
+    def total(params: PyTree, piece: PyTree, key: Key[Array, ""]) -> tuple[Array, tuple[Array, Any]]:
+        found = loss(params, piece, key)
+        return found.sum, (found.weight, dict(found.aux))
+
+    differentiate = jax.value_and_grad(total, has_aux=True)
+    if pieces == 1:
+        (value, (weight, aux)), gradient = differentiate(params, batch, key)
+    else:
+        def add(carry: Any, given: tuple[PyTree, Array]) -> tuple[Any, None]:
+            (value, (weight, aux)), gradient = differentiate(params, given[0], jax.random.fold_in(key, given[1]))
+            return jax.tree.map(jnp.add, carry, (value, weight, aux, gradient)), None
+
+        # Strided, so that every device's part of a batch gives a part of every piece and nothing moves.
+        split = jax.tree.map(lambda leaf: jnp.moveaxis(leaf.reshape(-1, pieces, *leaf.shape[1:]), 1, 0), batch)
+        first = jax.tree.map(lambda leaf: leaf[0], split)
+        shapes = jax.eval_shape(lambda: differentiate(params, first, key))
+        (value, (weight, aux)), gradient = shapes
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (value, weight, aux, gradient))
+        (value, weight, aux, gradient), _ = jax.lax.scan(add, zeros, (split, jnp.arange(pieces)))
+    share = 1 / jnp.maximum(weight, 1e-9)
+    gradient = jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), gradient)
+    norm = optax.tree.norm(gradient)
+    mean = value * share
+    return gradient, Metrics(mean, weight, norm, jnp.isfinite(mean) & jnp.isfinite(norm),
+                             {name: leaf * share for name, leaf in aux.items()})
+
+
+def advance(loss: LossFunction, transform: optax.GradientTransformation, state: State, batch: PyTree, *, pieces: int = 1,
+            keep: float | None = None, skip: bool = False) -> tuple[State, Metrics]:
+    """One update.
+
+    Args:
+      keep: of the old average at every step, where there is one.
+      skip: leave the weights as they are when loss or gradient are not finite; without it they become what they become, and
+        `Metrics.finite` says so.
+    """
+    gradient, metrics = gradients(loss, state.params, batch, jax.random.fold_in(state.key, state.step), pieces)
+    updates, moments = transform.update(gradient, state.moments, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average is not None and keep is not None:
+        average = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new.astype(old.dtype), average, params)
+    new = (params, moments, average)
+    if skip:
+        new = jax.tree.map(lambda new, old: jnp.where(metrics.finite, new, old), new,
+                           (state.params, state.moments, state.average))
+    return State(state.step + 1, *new, state.key), metrics

@@ -1,0 +1,105 @@
+"""A step beside the whole batch in NumPy: accumulation, what is drawn, skipping, the average."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlm import sharding
+from jaxlm.training import step as steps
+
+X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+Y = np.random.default_rng(1).normal(size=8).astype(np.float32)
+WEIGHT = np.array([1, 0, 2, 1, 0, 0, 3, 0.5], np.float32)
+BATCH = {"x": X, "y": Y, "weight": WEIGHT}
+START = {"w": jnp.array([0.5, -1.0, 2.0])}
+
+
+@flax.struct.dataclass
+class Loss:
+    sum: jax.Array
+    weight: jax.Array
+    aux: dict
+
+
+def squares(params, batch, key):
+    error, weight = batch["x"] @ params["w"] - batch["y"], batch["weight"]
+    return Loss(jnp.sum(weight * error**2), jnp.sum(weight), {"absolute": jnp.sum(weight * jnp.abs(error))})
+
+
+def by_hand(rows=slice(None)):
+    error = X[rows].astype(np.float64) @ np.asarray(START["w"]) - Y[rows]
+    weight = WEIGHT[rows] / WEIGHT[rows].sum()
+    return (weight * error**2).sum(), 2 * (weight * error) @ X[rows], (weight * np.abs(error)).sum()
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 4, 8])
+def test_accumulation_is_exact_however_the_weights_fall(pieces):
+    """Some pieces have no weight at all."""
+    gradient, metrics = jax.jit(steps.gradients, static_argnums=(0, 4))(squares, START, BATCH, jax.random.key(0), pieces)
+    loss, want, absolute = by_hand()
+    np.testing.assert_allclose(gradient["w"], want, rtol=1e-5)
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics.aux["absolute"], absolute, rtol=1e-5)
+    np.testing.assert_allclose(metrics.gradient_norm, np.linalg.norm(want), rtol=1e-5)
+    assert metrics.weight == WEIGHT.sum() and metrics.finite
+
+
+def test_pieces_move_nothing_between_devices():
+    """Each takes a part of every device's examples, so only gradients are summed, once per piece at most."""
+    mesh = sharding.mesh(devices=jax.devices()[:4], data=4)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    batch = jax.device_put({name: np.tile(leaf, (2, *[1] * (leaf.ndim - 1))) for name, leaf in BATCH.items()}, place)
+    program = jax.jit(steps.gradients, static_argnums=(0, 4)).lower(squares, START, batch, jax.random.key(0), 2).compile()
+    text = program.as_text()
+    assert "all-to-all" not in text and "collective-permute" not in text and "all-gather" not in text
+    gradient, _ = program(START, batch, jax.random.key(0))
+    np.testing.assert_allclose(gradient["w"], by_hand()[1], rtol=1e-5)
+
+
+def advance(state, batch=BATCH, **options):
+    transform = optax.sgd(0.1)
+    return jax.jit(lambda state, batch: steps.advance(squares, transform, state, batch, **options))(state, batch)
+
+
+def test_an_update_and_the_average():
+    state = steps.begin(START, optax.sgd(0.1), jax.random.key(0), average=True)
+    new, _ = advance(state, keep=0.75)
+    want = np.asarray(START["w"]) - 0.1 * by_hand()[1]
+    np.testing.assert_allclose(new.params["w"], want, rtol=1e-5)
+    np.testing.assert_allclose(new.average["w"], 0.75 * np.asarray(START["w"]) + 0.25 * want, rtol=1e-5)
+    assert new.step == 1
+    again, _ = advance(new, keep=0.75)
+    assert again.step == 2 and not np.allclose(again.params["w"], new.params["w"])
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_what_is_not_finite_is_told_and_may_be_skipped(skip):
+    state = steps.begin(START, optax.sgd(0.1), jax.random.key(0))
+    bad = BATCH | {"x": np.where(np.arange(8)[:, None] == 2, np.inf, X).astype(np.float32)}
+    new, metrics = advance(state, bad, skip=skip)
+    assert not metrics.finite and new.step == 1
+    assert np.isfinite(new.params["w"]).all() == skip
+    if skip:
+        np.testing.assert_array_equal(new.params["w"], START["w"])
+        _, metrics = advance(new)
+        assert metrics.finite
+
+
+def test_what_is_drawn_depends_on_key_step_and_piece_alone():
+    def noisy(params, batch, key):
+        return Loss(params["w"].sum() + jax.random.uniform(key), jnp.float32(1.0), {})
+
+    def draw(seed, step, pieces=1):
+        state = steps.begin(START, optax.sgd(0.0), jax.random.key(seed)).replace(step=jnp.int32(step))
+        return float(steps.advance(noisy, optax.sgd(0.0), state, BATCH, pieces=pieces)[1].loss)
+
+    assert draw(0, 3) == draw(0, 3) and len({draw(0, 3), draw(0, 4), draw(1, 3), draw(0, 3, 2)}) == 4
+
+
+@pytest.mark.parametrize(("batch", "pieces"), [(BATCH, 3), (BATCH | {"y": Y[:4]}, 2)])
+def test_pieces_must_divide_the_batch(batch, pieces):
+    with pytest.raises(ValueError, match=f"examples cannot be taken in {pieces} pieces"):
+        steps.gradients(squares, START, batch, jax.random.key(0), pieces)
