@@ -17,10 +17,10 @@ from infer import assets, generate, session
 # One whose answer nothing foretells, and one whose answer the question holds for the most part.
 QUESTIONS = (
     "Why is the sky blue? Answer in three sentences.",
-    "Correct the spelling of this text and answer with nothing but the text: The libary opens at nine in the morning and "
-    "closes at six in the evening. On Sundays the libary is closed. Books may be borowed for four weeks, and they may be borowed "
-    "again for another four weeks if nobody else has asked for them. Members of the libary pay nothing, visiters pay five pounds a "
-    "year.",
+    "Correct the spelling of this text and answer with nothing but the text: The libary opens at nine in the "
+    "morning and closes at six in the evening. On Sundays the libary is closed. Books may be borowed for four "
+    "weeks, and they may be borowed again for another four weeks if nobody else has asked for them. Members of the "
+    "libary pay nothing, visiters pay five pounds a year.",
 )
 
 
