@@ -506,13 +506,8 @@ def by_length(todo: Iterable[Group]) -> list[list[Group]]:
     return [list(part) for _, part in itertools.groupby(sorted(todo, key=width), width)]
 
 
-def warm_up(model: jaxlm.Model, engines: Sequence[Engine], todo: Sequence[Group], console: Console) -> None:
-    """Compiles for these groups; plain decoding's answer tells after which token the others may stop.
-
-    What was compiled before is dropped: no process may map the memory of programs for all lengths.
-    """
-    jax.clear_caches()
-    model.compiled.clear()
+def warm_up(engines: Sequence[Engine], todo: Sequence[Group], console: Console) -> None:
+    """Compiles for these groups; plain decoding's answer tells after which token the others may stop."""
     with console.status(f"compiling for prompts of {max(group.longest for group in todo)} tokens"):
         for group in todo:
             ends = engines[0].warm_up(group, None)
@@ -607,8 +602,11 @@ def main(arguments: Arguments) -> None:
         try:
             console.print(f"[dim]{len(todo)} calls of {len(engines)} engines, the shortest prompts first[/dim]")
             for part in by_length(todo):
+                # No process may map the memory of the programs for all lengths.
+                jax.clear_caches()
+                model.compiled.clear()
                 if arguments.warm_up:
-                    warm_up(model, engines, part, console)
+                    warm_up(engines, part, console)
                 measure(model, engines, part, len(todo), arguments.temperature == 0, records, console)
         except KeyboardInterrupt as error:
             interrupted = error

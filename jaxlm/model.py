@@ -58,7 +58,7 @@ def unstack(params: PyTree, cfg: config.Decoder) -> PyTree:
 def prefix(cfg: config.Decoder, params: PyTree, cache: Cache, layers: int) -> tuple[config.Decoder, PyTree, Cache]:
     """The model that is the first blocks of another, with the same embedding, final norm and head, and its part of a cache.
 
-    Nothing is copied but what a prefix has of a group that does not begin with it: the rest of a pattern's repeat.
+    Nothing is copied, but for the last blocks of a prefix that ends within a repeat of a group's pattern.
 
     Raises:
       ValueError: when there are not so many blocks.

@@ -8,6 +8,11 @@ import numpy as np
 from jaxlm.objectives.base import Ids, Objective, Pair, Text, check
 
 
+def following(tokens: Ids) -> Text:
+    """Every token asked from those before it."""
+    return Text(tokens[:-1], tokens[1:], np.ones(len(tokens) - 1, np.float32))
+
+
 @dataclasses.dataclass(frozen=True)
 class CausalLM(Objective):
     """Every token from those before it."""
@@ -16,8 +21,7 @@ class CausalLM(Objective):
 
     def example(self, tokens: Ids, random: np.random.Generator) -> Text:
         """Nothing is drawn."""
-        tokens = check(tokens)
-        return Text(tokens[:-1], tokens[1:], np.ones(len(tokens) - 1, np.float32))
+        return following(check(tokens))
 
 
 @dataclasses.dataclass(frozen=True)

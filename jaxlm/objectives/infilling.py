@@ -6,13 +6,8 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from jaxlm.objectives.base import Ids, Objective, Text, check
-from jaxlm.objectives.causal import CausalLM
+from jaxlm.objectives.causal import following
 from jaxlm.objectives.spans import spans, split
-
-
-def _asked(tokens: np.ndarray) -> Text:
-    """Every token from those before it."""
-    return CausalLM().example(tokens, np.random.default_rng(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +40,7 @@ class FillInTheMiddle(Objective):
         """Both cuts are drawn uniformly; parts may be empty."""
         tokens = check(tokens)
         if random.random() >= self.rate:
-            return _asked(tokens)
+            return following(tokens)
         low, high = np.sort(random.integers(0, len(tokens) + 1, 2))
         head, body, tail = tokens[:low], tokens[low:high], tokens[high:]
         end = [] if self.end is None else [self.end]
@@ -53,7 +48,7 @@ class FillInTheMiddle(Objective):
             parts = [[self.prefix, self.suffix], tail, [self.middle], head, body, end]
         else:
             parts = [[self.prefix], head, [self.suffix], tail, [self.middle], body, end]
-        return _asked(np.concatenate(parts).astype(np.int32))
+        return following(np.concatenate(parts).astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +82,9 @@ class CausalSpans(Objective):
         """All tokens are asked, those of the document too."""
         tokens = check(tokens)
         if random.random() >= self.corrupted:
-            return _asked(tokens)
+            return following(tokens)
         mask = spans(len(tokens), self.rate, self.mean, len(self.sentinels), random)
         left, gone = split(tokens, mask, self.sentinels)
         starts = np.flatnonzero(np.isin(gone, self.sentinels))
         pieces = [[*piece, self.end] for piece in np.split(gone, starts[1:])]
-        return _asked(np.concatenate([left, [self.separator], *pieces]).astype(np.int32))
+        return following(np.concatenate([left, [self.separator], *pieces]).astype(np.int32))

@@ -116,15 +116,20 @@ def advance(loss: LossFunction, transform: optax.GradientTransformation, state: 
     """One update.
 
     Args:
-      keep: of the old average at every step, where there is one.
+      keep: share of the old average at every step; None without one.
       skip: leave the weights as they are when loss or gradient are not finite; without it they become what they become, and
         `Metrics.finite` says so.
+
+    Raises:
+      ValueError: for an average without `keep` and the other way round.
     """
+    if (state.average is None) != (keep is None):
+        raise ValueError("keep is for a state with an average of the weights, and needed by it: see begin(average=True)")
     gradient, metrics = gradients(loss, state.params, batch, jax.random.fold_in(state.key, state.step), pieces)
     updates, moments = transform.update(gradient, state.moments, state.params)
     params = optax.apply_updates(state.params, updates)
     average = state.average
-    if average is not None and keep is not None:
+    if keep is not None:
         average = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new.astype(old.dtype), average, params)
     new = (params, moments, average)
     if skip:

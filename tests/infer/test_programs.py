@@ -108,10 +108,8 @@ def test_a_smaller_model_drafts(directory):
     plain, result, drawn = (json.loads(run(generate, *each).splitlines()[-1])
                             for each in (words, drafted, (*drafted, "--rule", "chain", "--temperature", "0.5")))
     assert result["tokens"] == plain["tokens"] and result["speculation"]["drafter"] == str(directory)
-    for each in (result, drawn):
-        assert each["speculation"]["emitted"][4] >= 1 and each["speculation"]["exact"] in ("tokens", "distribution")
-    assert result["speculation"]["emitted"] == [0, 0, 0, 1, 1] or result["speculation"]["emitted"] == [0, 0, 1, 0, 1]
-    assert drawn["speculation"]["exact"] == "distribution"
+    for each, exact in ((result, "tokens"), (drawn, "distribution")):  # eight tokens after the first, by chains of four
+        assert each["speculation"]["emitted"] == [0, 0, 1, 0, 1] and each["speculation"]["exact"] == exact
 
 
 def test_statistics_name_speculation_and_its_loss(directory):

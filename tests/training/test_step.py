@@ -75,6 +75,12 @@ def test_an_update_and_the_average():
     assert again.step == 2 and not np.allclose(again.params["w"], new.params["w"])
 
 
+@pytest.mark.parametrize(("average", "keep"), [(True, None), (False, 0.9)])
+def test_an_average_and_how_it_is_kept_go_together(average, keep):
+    with pytest.raises(ValueError, match="keep is for a state with an average"):
+        advance(steps.begin(START, optax.sgd(0.1), jax.random.key(0), average=average), keep=keep)
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_what_is_not_finite_is_told_and_may_be_skipped(skip):
     state = steps.begin(START, optax.sgd(0.1), jax.random.key(0))

@@ -84,7 +84,7 @@ def make(drafter: str | Model | Drafter, tree: int | Template | None, target: Mo
         given back.
       tree: nodes of the tree, the root among them, or a template; None for the drafter's own. For "auto" the most nodes.
       dtype: of the target's computation, in which "auto" measures it.
-      draws: how models and first layers are to draw a node's children; for other than "fixed" their trees are chains.
+      draws: how models and first layers are to draw a node's children; for other than "fixed" a number of nodes makes a chain.
 
     Raises:
       ValueError: for a name that is none; a tree that the drafter cannot have, or that comes beside a drafter that has its own.
@@ -97,6 +97,7 @@ def make(drafter: str | Model | Drafter, tree: int | Template | None, target: Mo
         raise ValueError(f"drafter must be a name, a Model or a Drafter, got {drafter!r}")
     if tree is not None and not isinstance(tree, Template) and (not isinstance(tree, (int, np.integer)) or tree < 2):
         raise ValueError(f"tree must be a number of nodes, at least 2 with the root, or a Template, got {tree!r}")
+    tree = int(tree) if isinstance(tree, np.integer) else tree
     if isinstance(drafter, Model):
         if drafter.mesh != target.mesh:
             raise ValueError(f"the draft model must be where the target is: it is on {_where(drafter)}, the target on "
