@@ -81,10 +81,25 @@ def slots_for(tokens: int, slack: int) -> int:
     return bucket(tokens + slack, 64)
 
 
-@partial(jax.jit, static_argnames=("step", "slots", "capacity", "logprobs"))
+Types = tuple[type, ...]
+
+
+def _types(tree: PyTree) -> Types:
+    """The classes of all nodes of a tree, which `jax.jit` should tell apart and does not always.
+
+    Trees of two dataclasses with equal fields compare equal (jaxlib 0.10): only their hashes differ, so about one time in a
+    hundred a program that was compiled for one of two drafters would be run for the other.
+    """
+    def walk(node: Any) -> Types:
+        data = node.node_data()
+        return (() if data is None else (data[0],)) + sum(map(walk, node.children()), ())
+    return walk(jax.tree.structure(tree))
+
+
+@partial(jax.jit, static_argnames=("step", "slots", "capacity", "logprobs", "types"))
 def _prefill(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], request: loop.Request,
-             slots: int, capacity: int, logprobs: bool, drafter: Drafter | None = None,
-             kept: PyTree = None) -> loop.State | speculation.State:
+             slots: int, capacity: int, logprobs: bool, drafter: Drafter | None = None, kept: PyTree = None,
+             types: Types = ()) -> loop.State | speculation.State:
     out = model.forward(params, step.config, tokens, lengths=lengths, context=lengths, at=lengths[:, None] - 1,
                         dtype=step.dtype)
     cache = caching.filled(out.kv, slots, lengths)
@@ -98,9 +113,9 @@ def _prefill(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: 
     return speculation.begin(state, tokens, drafter, drafted)
 
 
-@partial(jax.jit, static_argnames=("step", "rule"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("step", "rule", "types"), donate_argnames=("state",))
 def _run(step: Forward, params: PyTree, state: loop.State | speculation.State, request: loop.Request, steps: Int[Array, ""],
-         drafter: Drafter | None = None, rule: Rule | None = None) -> loop.State | speculation.State:
+         drafter: Drafter | None = None, rule: Rule | None = None, types: Types = ()) -> loop.State | speculation.State:
     if drafter is None:
         return loop.run(step, params, state, request, steps)
     return speculation.run(step, rule, drafter, params, state, request, steps)
@@ -408,11 +423,11 @@ class _Job:
         for i, row in enumerate(rows):
             tokens[i, :len(row)] = row
         lengths = np.array([len(row) for row in rows], np.int32)
-        step = Forward(cfg, self.dtype)
+        step, types = Forward(cfg, self.dtype), _types(self.drafter)
         params = self.model.ready
         with self.model.context():
             arguments = (step, params, jnp.asarray(tokens), jnp.asarray(lengths), self.request, slots, capacity, self.logprobs,
-                         self.drafter, self.kept)
+                         self.drafter, self.kept, types)
             spent = Seconds(compile=self.made + self._compile(_prefill, arguments))
             began = time.perf_counter()
             state = jax.block_until_ready(_prefill(*arguments))
@@ -420,7 +435,7 @@ class _Job:
             yield state, spent
             steps = jnp.asarray(capacity if segment is None else segment, jnp.int32)
             while not np.all(np.asarray(_plain(state).done)):
-                arguments = (step, params, state, self.request, steps, self.drafter, self.rule)
+                arguments = (step, params, state, self.request, steps, self.drafter, self.rule, types)
                 # For every segment: on a mesh the loop may give back its state split in another way than it took it.
                 spent = dataclasses.replace(spent, compile=spent.compile + self._compile(_run, arguments))
                 began = time.perf_counter()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,6 +203,23 @@ def test_one_program_serves_all_requests_of_a_bucket(compilations):
         for seed in range(1, 5):
             ask(seed, 3 * seed, 12 + seed)
     assert names == [] and before == (generating._run._cache_size(), generating._prefill._cache_size())
+
+
+def test_drafters_of_equal_fields_are_told_apart():
+    """jax takes trees of two such dataclasses for equal where their hashes meet: the classes are in the programs' keys."""
+    @flax.struct.dataclass
+    class Silent(Lookup):
+        def propose(self, state, view):
+            tree, state = super().propose(state, view)
+            return tree.replace(tokens=jnp.where(jnp.arange(self.nodes)[None] > 0, -1, tree.tokens)), state
+
+    ours, theirs = Lookup(length=4, nodes=3), Silent(length=4, nodes=3)
+    assert generating._types(ours) == (Lookup,) and generating._types(theirs) == (Silent,)
+    assert generating._types(Union((ours, ours), (5,))) != generating._types(Union((ours, theirs), (5,)))
+    before = generating._run._cache_size()
+    lm = stubs.markov(dict(zip(b"abcd", b"bcda", strict=True)), stubs.Bytes())
+    calls = [generate(lm, "abcdabcdab", 12, drafter=one, eos=()).speculation.calls[0] for one in (ours, theirs)]
+    assert calls[0] < calls[1] and generating._run._cache_size() == before + 2
 
 
 class TestRefusals:
