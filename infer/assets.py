@@ -21,6 +21,8 @@ from typing import Annotated
 
 import tyro
 
+from jaxlm.data.source import home
+
 
 @dataclasses.dataclass(frozen=True)
 class Asset:
@@ -41,11 +43,6 @@ SMOLLM2 = Asset(
     size=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-
-
-def home() -> pathlib.Path:
-    """The folder that files are kept in; it need not exist yet."""
-    return pathlib.Path(os.environ.get("JAXLM_HOME") or "~/.cache/jaxlm").expanduser().absolute()
 
 
 def smollm2() -> pathlib.Path:

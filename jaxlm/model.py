@@ -93,7 +93,7 @@ def check_tokens(tokens: Any, vocabulary: int, positions: Any = None, lengths: A
 def forward(params: PyTree, cfg: config.Decoder, tokens: Int[Array, "B T"] | None = None, *,
             embeddings: Float[Array, "B T D"] | None = None, positions: Int[Array, "B T"] | None = None,
             lengths: Int[Array, "B"] | None = None, mask: Bool[Array, "B T T"] | None = None,
-            segments: Int[Array, "B T"] | None = None, cache: Cache | None = None,
+            segments: Int[Array, "B T"] | None = None, prefix: Int[Array, "B T"] | None = None, cache: Cache | None = None,
             context: Int[Array, "B"] | None = None, at: Int[Array, "B Q"] | None = None,
             hidden: Sequence[int] = (), logits: bool = True, dtype: Any = None, remat: Any = None) -> Output:
     """Logits of the tokens that follow each of the T given ones.
@@ -107,6 +107,8 @@ def forward(params: PyTree, cfg: config.Decoder, tokens: Int[Array, "B T"] | Non
       mask: True = may attend, among the T tokens, in place of the causal rule; the cache's committed slots stay visible
         and windows, segments and padding stay in force. [1, T, T] serves all rows.
       segments: packed documents, each in one piece: tokens attend within their own; 0 is padding. Not together with a cache.
+      prefix: how many tokens from its segment's beginning every token of the segment may see, later ones only earlier ones;
+        0 is causal. Not together with a cache.
       cache: committed keys and values; a key's position is its slot.
       context: tokens each row will hold when this text is complete, which dynamic NTK and LongRoPE scale by (a prompt's length
         when it comes in chunks). Default: up to the largest position given.
@@ -118,7 +120,7 @@ def forward(params: PyTree, cfg: config.Decoder, tokens: Int[Array, "B T"] | Non
 
     Raises:
       ValueError: for token ids out of range (outside `jax.jit`), when not exactly one of tokens and embeddings is given, for
-        shapes that do not fit, layers that do not exist, or segments together with a cache.
+        shapes that do not fit, layers that do not exist, or segments or prefix together with a cache.
 
     Example:
       >>> import jaxlm.params
@@ -141,11 +143,13 @@ def forward(params: PyTree, cfg: config.Decoder, tokens: Int[Array, "B T"] | Non
         raise ValueError(f"forward needs at least one row and one token, got shape {given.shape}")
     if embeddings is not None and embeddings.shape[2:] != (cfg.width,):
         raise ValueError(f"embeddings must be [B, T, {cfg.width}], got {embeddings.shape}")
-    if segments is not None and cache is not None:
-        raise ValueError("segments are for packed training batches and do not go together with a cache")
+    for name, array in (("segments", segments), ("prefix", prefix)):
+        if array is not None and cache is not None:
+            raise ValueError(f"{name}: for packed training batches, not together with a cache")
     if lengths is not None and positions is not None:
         raise ValueError("forward takes positions or lengths, not both")
     for name, array, shape in (("positions", positions, (batch, width)), ("segments", segments, (batch, width)),
+                               ("prefix", prefix, (batch, width)),
                                ("lengths", lengths, (batch,))):
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} must be {shape}, got {array.shape}")
@@ -167,7 +171,7 @@ def forward(params: PyTree, cfg: config.Decoder, tokens: Int[Array, "B T"] | Non
         raise ValueError(f"the cache holds {cache.length.shape[0]} rows, the input {batch}")
 
     known = describe((one.attention for group in cfg.stack.groups for one in group.pattern), batch, width, positions,
-                     segments, mask, None if cache is None else cache.length, context, lengths)
+                     segments, mask, None if cache is None else cache.length, context, lengths, prefix)
     if dtype is None:
         dtype = params["embedding"]["tokens"].dtype
     x = embed.apply(params["embedding"], cfg.embedding, tokens, embeddings, known.positions, dtype)

@@ -117,9 +117,10 @@ def apply(params: dict[str, Any], cfg: config.Attention, x: Float[Array, "B T D"
     new = KeyValue(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
     sinks = params["sinks"] if cfg.sinks else None
 
-    def run(q: Array, positions: Array, segments: Array | None, rows: Array | None, seen: int) -> Array:
+    def run(q: Array, positions: Array, segments: Array | None, prefix: Array | None, rows: Array | None,
+            seen: int) -> Array:
         """The output of a run of queries, none of which may see a new token behind the first `seen`."""
-        queries = context.replace(positions=positions, segments=segments, mask=rows)
+        queries = context.replace(positions=positions, segments=segments, prefix=prefix, mask=rows)
         near = context.until(seen)
         parts = [(KeyValue(new.k[:, :, :seen], new.v[:, :, :seen]), mask.among(cfg, near, queries), near.positions)]
         if cached is not None:
@@ -141,7 +142,9 @@ def apply(params: dict[str, Any], cfg: config.Attention, x: Float[Array, "B T D"
 
         outs = []
         if whole - start > QUERIES:
-            runs = jax.lax.map(lambda args: run(*args, seen), tuple(map(stacked, given, axes)))
+            # Differentiated, the runs' scores are made again one by one, and never all of them are kept.
+            again = jax.checkpoint(lambda args: run(*args, seen))
+            runs = jax.lax.map(again, tuple(map(stacked, given, axes)))
             outs.append(jnp.moveaxis(runs, 0, 3).reshape(*q.shape[:3], whole - start, q.shape[4]))
         elif whole > start:
             outs.append(run(*(part(y, axis, start, whole) for y, axis in zip(given, axes, strict=True)), seen))
@@ -149,8 +152,8 @@ def apply(params: dict[str, Any], cfg: config.Attention, x: Float[Array, "B T D"
             outs.append(run(*(part(y, axis, whole, end) for y, axis in zip(given, axes, strict=True)), seen))
         return outs
 
-    given, length = (q, context.positions, context.segments, context.mask), x.shape[1]
-    axes = (3, 1, 1, 1)  # along which the queries lie
+    given, length = (q, context.positions, context.segments, context.prefix, context.mask), x.shape[1]
+    axes = (3, 1, 1, 1, 1)  # along which the queries lie
     if context.ordered and cfg.causal and context.mask is None:
         size = -(-length // (QUERIES * SPANS)) * QUERIES
         outs = [out for start in range(0, length, size)

@@ -20,23 +20,25 @@ class Context:
       positions: int32 [B, T], -1 where there is no token.
       segments: int32 [B, T] or None; tokens see only their own segment, 0 is padding.
       mask: bool [B or 1, T, T] or None; takes the place of the causal rule among the T tokens (a tree, a prefix).
+      prefix: int32 [B, T] or None; keys before this position are seen from earlier queries too, where the causal rule holds.
       length: int32 [B] or None; committed slots of each row of the cache.
       rotations: cosines and sines by (Rope, rotated width): see `jaxlm.layers.position.rotations`.
-      ordered: whether it is known that a token's position is less than those of its segment's later tokens.
+      ordered: whether it is known that no token sees one that stands behind it.
     """
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"] | None
     mask: Bool[Array, "B T T"] | None
+    prefix: Int[Array, "B T"] | None
     length: Int[Array, "B"] | None
     rotations: dict[Any, Any]
     ordered: bool = flax.struct.field(pytree_node=False, default=False)
 
     def until(self, end: int) -> "Context":
         """Of the first `end` tokens. Their rotations stay as they are."""
-        segments = None if self.segments is None else self.segments[:, :end]
+        segments, prefix = (None if array is None else array[:, :end] for array in (self.segments, self.prefix))
         rows = None if self.mask is None else self.mask[:, :end, :end]
-        return self.replace(positions=self.positions[:, :end], segments=segments, mask=rows)
+        return self.replace(positions=self.positions[:, :end], segments=segments, prefix=prefix, mask=rows)
 
 
 def _count(batch: int, width: int, length: Array | None, segments: Array | None,
@@ -55,7 +57,7 @@ def _count(batch: int, width: int, length: Array | None, segments: Array | None,
 def describe(layers: Iterable[config.Attention], batch: int, width: int, positions: Int[Array, "B T"] | None = None,
              segments: Int[Array, "B T"] | None = None, mask: Bool[Array, "B T T"] | None = None,
              length: Int[Array, "B"] | None = None, total: Int[Array, "B"] | None = None,
-             lengths: Int[Array, "B"] | None = None) -> Context:
+             lengths: Int[Array, "B"] | None = None, prefix: Int[Array, "B T"] | None = None) -> Context:
     """The context of a call for these layers, T = `width`; arguments as `jaxlm.model.forward` takes them.
 
     Args:
@@ -63,12 +65,12 @@ def describe(layers: Iterable[config.Attention], batch: int, width: int, positio
       total: tokens each row will hold when its text is complete; default up to the largest position.
       lengths: how many of the T tokens there are, where no positions are given.
     """
-    ordered = positions is None
+    ordered = positions is None and prefix is None
     if positions is None:
         positions = _count(batch, width, length, segments, lengths)
     reach = jnp.max(positions, axis=1) + 1 if total is None else total
     reach = jnp.maximum(reach[:, None], positions + 1)
-    return Context(positions, segments, mask, length, position.rotations(layers, positions, reach), ordered)
+    return Context(positions, segments, mask, prefix, length, position.rotations(layers, positions, reach), ordered)
 
 
 def among(cfg: config.Attention, context: Context, queries: Context | None = None) -> Bool[Array, "B Q T"]:
@@ -79,7 +81,10 @@ def among(cfg: config.Attention, context: Context, queries: Context | None = Non
     if context.mask is not None:
         allowed = allowed & queries.mask
     elif cfg.causal:
-        allowed = allowed & (key <= query)
+        before = key <= query
+        if context.prefix is not None:
+            before = before | (key < queries.prefix[:, :, None])
+        allowed = allowed & before
     if cfg.window is not None:
         allowed = allowed & (query - key < cfg.window) & (key - query < cfg.window)
     if context.segments is not None:

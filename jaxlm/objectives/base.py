@@ -48,10 +48,12 @@ class Objective:
     """The base of all objectives; subclasses are frozen dataclasses.
 
     Attributes:
-      makes: what its examples are for: "decoder" or "encoder" (`Text`), or "pair" (`Pair`; `as_text` makes texts of them).
+      makes: what its examples are for: "decoder" or "encoder" (`Text`), or "pair" (`Pair`; `AsText` makes texts of them).
+      overlap: tokens that the next piece of a document that is cut shares with the last, so that every token is asked.
     """
 
     makes: ClassVar[Literal["decoder", "encoder", "pair"]]
+    overlap: ClassVar[int] = 0
 
     def example(self, tokens: Ids, random: np.random.Generator) -> Example:
         """An example of a document of at least two tokens.
@@ -82,6 +84,25 @@ def as_text(pair: Pair) -> Text:
     weights = np.ones(len(whole) - 1, np.float32)
     weights[:len(pair.inputs) - 1] = 0.0
     return Text(whole[:-1], whole[1:], weights, len(pair.inputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class AsText(Objective):
+    """An objective that makes pairs, for a decoder-only model: see `as_text`."""
+
+    makes: ClassVar[Literal["decoder"]] = "decoder"
+    objective: Objective
+
+    def __post_init__(self) -> None:
+        if self.objective.makes != "pair":
+            raise ValueError(f"AsText is for objectives that make pairs, {type(self.objective).__name__} makes texts for "
+                             f"{self.objective.makes}s")
+
+    def example(self, tokens: Ids, random: np.random.Generator) -> Text:
+        """The pair in one text."""
+        made = self.objective.example(tokens, random)
+        assert isinstance(made, Pair)
+        return as_text(made)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ class CausalLM(Objective):
     """Every token from those before it."""
 
     makes: ClassVar[Literal["decoder"]] = "decoder"
+    overlap: ClassVar[int] = 1
 
     def example(self, tokens: Ids, random: np.random.Generator) -> Text:
         """Nothing is drawn."""

@@ -54,6 +54,14 @@ def test_a_prefix_is_seen_from_everywhere():
     assert look(mask.among(tiny.attention(), context([0, 1, 2, -1], mask=prefix))[0]) == "xx.. xx.. xxx. ...."
 
 
+def test_segments_have_prefixes_of_their_own():
+    segments, prefix = jnp.array([[1, 1, 1, 2, 2, 2, 0]]), jnp.array([[2, 2, 2, 3, 3, 3, 0]])
+    known = mask.describe((), 1, 7, segments=segments, prefix=prefix)
+    assert look(mask.among(tiny.attention(), known)[0]) == "xx..... xx..... xxx.... ...xxx. ...xxx. ...xxx. ......."
+    assert look(mask.among(tiny.attention(), known.until(5))[0]) == "xx... xx... xxx.. ...xx ...xx"
+    assert look(mask.among(tiny.attention(window=2), known)[0]) == "xx..... xx..... .xx.... ...xx.. ...xxx. ....xx. ......."
+
+
 def test_segments_see_only_themselves():
     segments = jnp.array([[1, 1, 2, 2, 0]])
     known = mask.describe((), 1, 5, segments=segments)

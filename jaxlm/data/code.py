@@ -1,0 +1,132 @@
+"""A dataset of source code out of any folder, as TensorFlow Datasets knows them; by default of Python's own standard library.
+
+Importing this module makes the dataset "source_code" known to `tfds.builder`. Building and reading need no TensorFlow.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import logging
+import os
+import pathlib
+import platform
+import re
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from jaxlm.data.source import Source, Tfds, home
+
+SHARES = {"validation": 0.03, "test": 0.03}  # of the files; the rest is for training
+LARGEST = 200_000  # bytes of a file: longer ones are mostly tables
+SKIPPED = ("site-packages", "test", "tests", "idle_test", "__pycache__")  # folders
+
+
+@dataclasses.dataclass(eq=False)
+class Folder(tfds.core.BuilderConfig):
+    """What the dataset is made of: the files in a folder whose names end in one of the endings."""
+
+    folder: str = ""
+    endings: tuple[str, ...] = (".py",)
+
+
+class SourceCode(tfds.core.GeneratorBasedBuilder):
+    """A file is an example of "text" and "path"; which split it is in depends on its path alone."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "path": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, description=self.__doc__, features=features)
+
+    def _split_generators(self, dl_manager: Any) -> Mapping[str, Iterator[tuple[str, dict[str, str]]]]:
+        return {name: self._generate_examples(name) for name in ("train", *SHARES)}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, str]]]:
+        for path, text in files(self.builder_config.folder, self.builder_config.endings):
+            if split_of(path) == split:
+                yield path, {"text": text, "path": path}
+
+
+def files(folder: str | os.PathLike[str], endings: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Path within the folder and text of every file, sorted; without tests, installed packages, copies and giants."""
+    root, seen = pathlib.Path(folder), set()
+    for path in sorted(root.rglob("*")):
+        inner = path.relative_to(root)
+        if path.suffix not in endings or not path.is_file() or set(inner.parts[:-1]) & set(SKIPPED):
+            continue
+        content = path.read_bytes()
+        digest = hashlib.blake2b(content).digest()
+        if not content.strip() or len(content) > LARGEST or digest in seen:
+            continue
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        seen.add(digest)
+        yield inner.as_posix(), text
+
+
+def split_of(path: str) -> str:
+    """The split that a file belongs to."""
+    place = int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest()) / 2**64
+    for name, share in SHARES.items():
+        if place < share:
+            return name
+        place -= share
+    return "train"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without talk of downloads, bars for what takes a second, and warnings of configurations that are not built in."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+        logger.setLevel(level)
+
+
+@dataclasses.dataclass(frozen=True)
+class Code(Source):
+    """Source code: a document per file. The dataset is made when it is first asked for, which takes a few seconds.
+
+    Attributes:
+      split: "train", "validation" or "test".
+      folder: None for Python's standard library.
+      endings: of the files' names.
+      directory: where datasets are kept; None for `home()`/datasets.
+    """
+
+    split: str = "train"
+    folder: str | None = None
+    endings: tuple[str, ...] = (".py",)
+    directory: str | None = None
+
+    def open(self) -> Sequence[str]:
+        """Made, then read as TensorFlow Datasets reads it."""
+        if self.folder is None:
+            folder, name = sysconfig.get_paths()["stdlib"], f"python_{platform.python_version()}"
+        else:
+            folder = os.path.abspath(os.path.expanduser(self.folder))
+            if not os.path.isdir(folder):
+                raise ValueError(f"there is no folder {self.folder!r}")
+            digest = hashlib.blake2b(repr((folder, self.endings)).encode(), digest_size=4).hexdigest()
+            name = re.sub(r"\W+", "_", os.path.basename(folder)) + "_" + digest
+        if next(files(folder, self.endings), None) is None:
+            raise ValueError(f"{folder} has no files that end in {' or '.join(self.endings)}")
+        directory = self.directory or str(home() / "datasets")
+        with _quiet():
+            builder = SourceCode(config=Folder(name=name, folder=folder, endings=self.endings), data_dir=directory,
+                                 file_format="array_record")
+            if not builder.is_prepared():
+                builder.download_and_prepare()
+        return Tfds(f"source_code/{name}:{SourceCode.VERSION}", self.split, "text", directory).open()

@@ -1,0 +1,298 @@
+"""Batches of packed examples in an order that depends on a seed and nothing else.
+
+Every row of the global batch is a stream of its own: row r of B reads documents r, r + B, r + 2B ... of the shuffled mixture,
+cuts them to fit and fills row after row. So it does not matter how many processes there are, which of them makes which rows,
+nor how many workers help. Where a row is, is a few integers, which come with each batch: who keeps them can go on from there.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Float, Int
+
+from jaxlm.data.source import Source
+
+_MAX_EMPTY = 10_000  # documents without text in a row before it is an error
+_LEAST = 8  # tokens for which a document is cut; a row with less room is padded
+
+
+class Example(Protocol):
+    """What packing reads of an example: see `jaxlm.objectives.Text`."""
+
+    tokens: Int[np.ndarray, " n"]
+    targets: Int[np.ndarray, " n"]
+    weights: Float[np.ndarray, " n"]
+    prefix: int
+
+
+class Objective(Protocol):
+    """What packing asks of an objective: see `jaxlm.objectives.Objective`."""
+
+    overlap: int
+
+    def example(self, tokens: Int[np.ndarray, " n"], random: np.random.Generator) -> Example:
+        """An example of a piece of a document; as long or longer the longer the piece is."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What is read for so many steps.
+
+    Attributes:
+      sources: each with its share of the documents, in any unit.
+      steps: None to the end; the last phase goes on whatever its steps.
+    """
+
+    sources: tuple[tuple[Source, float], ...]
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sources or any(share <= 0 for _, share in self.sources):
+            raise ValueError(f"a phase needs sources with shares above 0, got {self.sources}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"a phase has at least 1 step, got {self.steps}")
+
+
+def mixture(phase: Phase, seed: int) -> grain.MapDataset:
+    """The phase's documents, shuffled anew each time a source is through, without end.
+
+    Raises:
+      ValueError: as `Source.open`.
+    """
+    found = [(grain.MapDataset.source(source.open()).seed(seed + place).shuffle().repeat(None), share)
+             for place, (source, share) in enumerate(phase.sources)]
+    if len(found) == 1:
+        return found[0][0]
+    datasets, shares = zip(*found, strict=True)
+    return grain.MapDataset.mix(list(datasets), weights=[share / sum(shares) for share in shares])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that decides what the batches are.
+
+    Attributes:
+      phases: one after another; every phase begins with its own first documents.
+      encode: a document's tokens, with those of its beginning and end.
+      objective: of a step, counted from 0.
+      rows: of the global batch.
+      length: tokens of a row.
+      seed: of the order and of whatever objectives draw.
+      cut: fill rows by cutting documents. Without, documents that do not fit any more begin the next row, and what is longer
+        than a row is dropped behind it.
+    """
+
+    phases: tuple[Phase, ...]
+    encode: Callable[[str], Sequence[int]]
+    objective: Callable[[int], Objective]
+    rows: int
+    length: int
+    seed: int = 0
+    cut: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.phases or any(phase.steps is None for phase in self.phases[:-1]):
+            raise ValueError("a plan has phases, all but the last of so many steps")
+        if min(self.rows, self.length) < 1:
+            raise ValueError(f"a batch has at least one row of one token, got {self.rows} of {self.length}")
+
+    @property
+    def width(self) -> int:
+        """Integers of a row's state: documents read of each phase, and tokens read of the current document."""
+        return len(self.phases) + 1
+
+    def start(self) -> Int[np.ndarray, "B K"]:
+        """The state of all rows before the first step."""
+        return np.zeros((self.rows, self.width), np.int32)
+
+    def phase(self, step: int) -> int:
+        """Which phase a step belongs to."""
+        for index, phase in enumerate(self.phases[:-1]):
+            if step < (phase.steps or 0):
+                return index
+            step -= phase.steps or 0
+        return len(self.phases) - 1
+
+
+Batch = Mapping[str, np.ndarray]
+
+
+class _Filler:
+    """Fills rows of consecutive steps."""
+
+    def __init__(self, plan: Plan, documents: Sequence[grain.MapDataset], rows: Sequence[int],
+                 state: Int[np.ndarray, "B K"], step: int) -> None:
+        self.plan, self.documents, self.rows = plan, documents, rows
+        self.state, self.step = {row: state[row].tolist() for row in rows}, step
+        self.read: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # a row's document of (phase, index)
+
+    def next(self) -> dict[str, np.ndarray]:
+        """The rows of the next step."""
+        objective, phase = self.plan.objective(self.step), self.plan.phase(self.step)
+        if self.step and phase != self.plan.phase(self.step - 1):
+            for row in self.rows:
+                self.state[row][-1] = 0  # the last phase's documents are left where they are
+        made = [self._row(row, objective, phase) for row in self.rows]
+        self.step += 1
+        batch = {name: np.stack([one[name] for one in made]) for name in made[0]}
+        return batch | {"state": np.array([self.state[row] for row in self.rows], np.int32)}
+
+    def _row(self, row: int, objective: Objective, phase: int) -> dict[str, np.ndarray]:
+        length = self.plan.length
+        out = {"tokens": np.zeros(length, np.int32), "targets": np.zeros(length, np.int32),
+               "weights": np.zeros(length, np.float32), "segments": np.zeros(length, np.int32),
+               "prefix": np.zeros(length, np.int32)}
+        used, segment, empty = 0, 0, 0
+        state = self.state[row]
+        while used < length:
+            tokens, document = self._document(row, phase)
+            rest = tokens[state[-1]:]
+            if len(rest) < 2:
+                state[phase], state[-1] = state[phase] + 1, 0
+                empty += 1
+                if empty > _MAX_EMPTY:
+                    raise ValueError(f"{_MAX_EMPTY} documents in a row have no two tokens: there is nothing to learn from them")
+                continue
+            room = length - used
+            if used and (room < _LEAST or (not self.plan.cut and not self._fits(objective, document, rest, room))):
+                break
+            example, taken = self._example(objective, document, state[-1], rest, room)
+            if not taken:
+                break
+            size, end = len(example.tokens), used + len(example.tokens)
+            segment, empty = segment + 1, 0
+            for name in ("tokens", "targets", "weights"):
+                out[name][used:end] = getattr(example, name)
+            out["segments"][used:end], out["prefix"][used:end] = segment, min(example.prefix, size)
+            used = end
+            if taken == len(rest) or not self.plan.cut:
+                state[phase], state[-1] = state[phase] + 1, 0
+            else:
+                state[-1] += taken - objective.overlap
+        return out
+
+    def _document(self, row: int, phase: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """The tokens of the row's current document, and what it is called."""
+        index = row + self.plan.rows * self.state[row][phase]
+        document = (phase, index)
+        if self.read.get(row, (None,))[0] != document:
+            self.read[row] = (document, np.asarray(self.plan.encode(self.documents[phase][index]), np.int32))
+        return self.read[row][1], document
+
+    def _example(self, objective: Objective, document: tuple[int, int], offset: int, rest: np.ndarray,
+                 room: int) -> tuple[Example, int]:
+        """The example of as much of a document as fits, and how much that is."""
+        taken = min(len(rest), room + 1)
+        while taken >= 2:
+            random = np.random.default_rng((self.plan.seed, *document, offset))
+            example = objective.example(rest[:taken], random)
+            if len(example.tokens) <= room:
+                return example, taken
+            taken -= len(example.tokens) - room
+        if room == self.plan.length:
+            raise ValueError(f"rows of {room} tokens hold no example of {type(objective).__name__}, however short the document")
+        return example, 0
+
+    def _fits(self, objective: Objective, document: tuple[int, int], rest: np.ndarray, room: int) -> bool:
+        random = np.random.default_rng((self.plan.seed, *document, 0))
+        return len(rest) <= room + 1 and len(objective.example(rest, random).tokens) <= room
+
+
+class _Rows(grain.IterDataset):
+    """Some rows of every batch, as grain prefetches them in threads and processes."""
+
+    def __init__(self, plan: Plan, rows: Sequence[int], state: Int[np.ndarray, "B K"], step: int) -> None:
+        super().__init__()
+        self.plan, self.rows, self.state, self.step = plan, list(rows), state, step
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _RowsIterator(self)
+
+
+class _RowsIterator(grain.DatasetIterator):
+    def __init__(self, dataset: _Rows) -> None:
+        super().__init__()
+        plan = dataset.plan
+        documents = [mixture(phase, plan.seed + 1000 * index) for index, phase in enumerate(plan.phases)]
+        self.filler = _Filler(plan, documents, dataset.rows, dataset.state, dataset.step)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return self.filler.next()
+
+    def get_state(self) -> dict[str, Any]:
+        """For grain's sake: batches carry their state themselves."""
+        return {"step": self.filler.step, "state": [self.filler.state[row] for row in self.filler.rows]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Back to what `get_state` gave."""
+        self.filler.step = state["step"]
+        self.filler.state = dict(zip(self.filler.rows, state["state"], strict=True))
+        self.filler.read = {}
+
+
+class Batches(Iterator[Batch]):
+    """Some rows of every batch from a step on, without end. Closing it ends its threads and processes, as a program's end does.
+
+    Batches are of tokens, targets, segments (from 1, 0 is padding) and prefix (tokens of the segment's beginning that all of it
+    may see), int32 [R, T]; weights, float32 [R, T]; and state, int32 [R, K].
+    """
+
+    def __init__(self, plan: Plan, rows: Sequence[int] | None = None, *, state: Int[np.ndarray, "B K"] | None = None,
+                 step: int = 0, workers: int = 0, ahead: int = 2) -> None:
+        """
+        Args:
+          rows: of the global batch; default all.
+          state: of all rows of the global batch, as the "state" of the batch before `step` had it; default the start.
+          workers: processes that read, encode and pack; 0 does it in a thread of this one.
+          ahead: batches that are made before they are asked for; 0, without workers, makes each when it is asked for.
+
+        Raises:
+          ValueError: as `Source.open`, and for a state of another plan's shape.
+        """
+        rows = list(range(plan.rows)) if rows is None else list(rows)
+        state = plan.start() if state is None else np.asarray(state)
+        if state.shape != (plan.rows, plan.width):
+            raise ValueError(f"the state of these batches is of shape {(plan.rows, plan.width)}, got {state.shape}: it is of "
+                             "batches of another size or of other phases")
+        for phase in plan.phases:  # in workers, what is missing would show as a broken pipe
+            for source, _ in phase.sources:
+                source.open()
+        self.count = len(rows)
+        if workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain's processes read their settings there, and not every program is absl's
+            workers = min(workers, len(rows))
+            options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=max(ahead, 1))
+            self.parts = [iter(_Rows(plan, rows[worker::workers], state, step).mp_prefetch(options))
+                          for worker in range(workers)]
+        else:
+            made = _Rows(plan, rows, state, step)
+            self.parts = [iter(grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=ahead)
+                               if ahead else made)]
+        self.close = weakref.finalize(self, _close, self.parts)
+
+    def __next__(self) -> Batch:
+        if len(self.parts) == 1:
+            return next(self.parts[0])
+        batch: dict[str, np.ndarray] = {}
+        for place, part in enumerate([next(part) for part in self.parts]):
+            for name, value in part.items():
+                batch.setdefault(name, np.zeros((self.count, *value.shape[1:]), value.dtype))[place::len(self.parts)] = value
+        return batch
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _close(parts: list[grain.DatasetIterator]) -> None:
+    while parts:  # and they go now: at the program's end, what they call on their way out may be gone
+        parts.pop().close()

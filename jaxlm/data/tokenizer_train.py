@@ -1,0 +1,89 @@
+"""Training a byte-level BPE tokenizer on a sample of documents, and writing it as Hugging Face directories have it."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from jaxlm.data.source import Source, home
+
+END = "<|end|>"
+BYTES = 256
+
+
+def train(documents: Iterable[str], vocabulary: int, special: Sequence[str] = (END,)) -> tokenizers.Tokenizer:
+    """A byte-level BPE as GPT-2's: every text has tokens, and its tokens give the text back.
+
+    Args:
+      vocabulary: tokens at most, the 256 bytes and the special ones among them.
+      special: tokens that no text has; the first ends documents.
+
+    Raises:
+      ValueError: for a vocabulary with no room for bytes and special tokens, special tokens that are none or the same.
+    """
+    special = list(special)
+    if not special or len(set(special)) < len(special):
+        raise ValueError(f"special tokens are different, and at least one, which ends documents; got {special}")
+    if vocabulary < BYTES + len(special):
+        raise ValueError(f"a vocabulary of {vocabulary} has no room for {BYTES} bytes and {len(special)} special tokens")
+    found = tokenizers.Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    found.train_from_iterator(documents, trainer)
+    return found
+
+
+def save(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path, end: str = END, length: int | None = None) -> None:
+    """tokenizer.json and tokenizer_config.json, both or neither, in a directory that need not exist."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = pathlib.Path(tempfile.mkdtemp(dir=directory.parent))
+    tokenizer.save(str(partial / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
+    if length is not None:
+        config["model_max_length"] = length
+    (partial / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    try:
+        partial.replace(directory)
+    except OSError:  # something is there
+        for file in partial.iterdir():
+            file.replace(directory / file.name)
+        shutil.rmtree(partial)
+
+
+@dataclasses.dataclass(frozen=True)
+class BytePairs:
+    """A tokenizer that is trained when it is first asked for, and kept.
+
+    Attributes:
+      source: documents to train on.
+      vocabulary, special: see `train`.
+      documents: how many are taken, drawn at random.
+    """
+
+    source: Source
+    vocabulary: int
+    special: tuple[str, ...] = (END,)
+    documents: int = 1000
+
+    def directory(self) -> pathlib.Path:
+        """Where it is, trained now if it is not there.
+
+        Raises:
+          ValueError: as `train` and `Source.open`.
+        """
+        name = hashlib.blake2b(repr(self).encode(), digest_size=6).hexdigest()
+        path = home() / "tokenizers" / name
+        if not (path / "tokenizer_config.json").exists():
+            texts = self.source.open()
+            order = np.random.default_rng(0).permutation(len(texts))[:self.documents]
+            save(train((texts[int(i)] for i in order), self.vocabulary, self.special), path, self.special[0])
+        return path

@@ -1,0 +1,350 @@
+"""A `Recipe` says all of a training run: the model, what it reads, what it learns from that, how, and on what mesh.
+
+It is what a file in configs/ gives, and `Run` is what becomes of it: compiled, placed, ready to train.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Key, PyTree
+
+from jaxlm import config, model, objectives, params, sharding
+from jaxlm.data.stream import Batches, Phase, Plan
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizer_train import BytePairs
+from jaxlm.objectives import Objective, text
+from jaxlm.training.optimizer import Optimizer
+from jaxlm.training.step import Metrics, State, advance, begin
+
+REMAT = {"none": None, "full": jax.checkpoint_policies.nothing_saveable,
+         "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A training run.
+
+    Attributes:
+      model: what is trained.
+      tokenizer: a directory with one, or one that is trained first.
+      phases: what is read, one after another.
+      held_out: what evaluations read; None for none.
+      objective: what is learned, for all steps or a schedule.
+      optimizer: with its schedule of the learning rate.
+      rows, length: of a batch, over all devices: sequences, and tokens of each.
+      steps: updates.
+      pieces: that a batch is taken in, one after another, where it does not fit at once.
+      cut: whether documents are cut to fill rows, see `jaxlm.data.stream.Plan`.
+      mesh: (axis, size) of `jaxlm.sharding.mesh`; by default all devices are of the axis "data".
+      dtype: of the computation; the weights are float32. None is bfloat16 on accelerators and float32 on CPUs.
+      remat: what of a block is computed again in the backward pass: "none", "full" (all), "products" (all but products with
+        weights).
+      smoothing, z: see `jaxlm.objectives.cross_entropy`.
+      average: share of the old average of the weights that a step keeps; None for no average.
+      seed: of weights, order and examples.
+      checkpoint_every, evaluate_every: steps; None at the end only.
+      evaluation_batches: read by an evaluation, always the same ones.
+    """
+
+    model: config.Decoder
+    tokenizer: str | BytePairs
+    phases: tuple[Phase, ...]
+    objective: Objective | objectives.Schedule
+    optimizer: Optimizer
+    rows: int
+    length: int
+    steps: int
+    held_out: Phase | None = None
+    pieces: int = 1
+    cut: bool = True
+    mesh: tuple[tuple[str, int], ...] = (("data", -1),)
+    dtype: Literal["float32", "bfloat16"] | None = None
+    remat: Literal["none", "full", "products"] = "none"
+    smoothing: float = 0.0
+    z: float = 0.0
+    average: float | None = None
+    seed: int = 0
+    checkpoint_every: int | None = None
+    evaluate_every: int | None = None
+    evaluation_batches: int = 8
+
+    def __post_init__(self) -> None:
+        if self.length > self.model.length:
+            raise ValueError(f"rows of {self.length} tokens are longer than the model's context of {self.model.length}")
+        if min(self.rows, self.length, self.steps, self.pieces, self.evaluation_batches) < 1:
+            raise ValueError("rows, length, steps, pieces and evaluation_batches are at least 1, got "
+                             f"{self.rows}, {self.length}, {self.steps}, {self.pieces} and {self.evaluation_batches}")
+        if self.rows % self.pieces:
+            raise ValueError(f"a batch of {self.rows} rows cannot be taken in {self.pieces} pieces")
+        if self.remat not in REMAT or self.dtype not in (None, *DTYPES):
+            raise ValueError(f"remat is one of {', '.join(REMAT)}, dtype one of {', '.join(DTYPES)}, got {self.remat!r} and "
+                             f"{self.dtype!r}")
+        if self.average is not None and not 0 < self.average < 1:
+            raise ValueError(f"average is between 0 and 1, or None, got {self.average}")
+        for one in self.objectives:
+            text.check(one, self.model)
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The objectives of all phases."""
+        if isinstance(self.objective, objectives.Schedule):
+            return tuple(one for one, _ in self.objective.phases)
+        return (self.objective,)
+
+    def about(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint of one recipe to be of use to another, as plain JSON."""
+        return {"model": config.to_dict(self.model), "optimizer": repr(self.optimizer.kind),
+                "frozen": list(self.optimizer.frozen), "average": self.average is not None, "rows": self.rows,
+                "length": self.length, "seed": self.seed, "cut": self.cut, "phases": len(self.phases)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    """A document's tokens with the tokenizer's own beginning, and its end behind them; picklable, for workers."""
+
+    tokenizer: Tokenizer
+
+    def __call__(self, document: str) -> list[int]:
+        # A document that quotes a special token's name does not contain that token.
+        found = self.tokenizer.encode(document, parse_special=False)
+        end = self.tokenizer.eos_id
+        return found if end is None or (found and found[-1] == end) else [*found, end]
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+    """The objective of a step, see `jaxlm.data.stream.Plan`; picklable, for workers."""
+
+    objective: Objective | objectives.Schedule
+
+    def __call__(self, step: int) -> Objective:
+        return self.objective.at(step) if isinstance(self.objective, objectives.Schedule) else self.objective
+
+
+class Run:
+    """A recipe on the devices at hand.
+
+    Attributes:
+      mesh: of the devices.
+      tokenizer: loaded.
+    """
+
+    def __init__(self, recipe: Recipe, devices: Any = None) -> None:
+        """
+        Raises:
+          ValueError: for data that is not there, a tokenizer with more tokens than the model, a mesh larger than the machine, a
+            batch that the mesh does not divide.
+        """
+        self.recipe = recipe
+        self.mesh = mesh_of(recipe, devices)
+        directory = recipe.tokenizer.directory() if isinstance(recipe.tokenizer, BytePairs) else pathlib.Path(recipe.tokenizer)
+        self.tokenizer = Tokenizer.from_directory(directory)
+        if self.tokenizer.size > recipe.model.embedding.vocabulary:
+            raise ValueError(f"the tokenizer in {directory} has {self.tokenizer.size} tokens, the model a vocabulary of "
+                             f"{recipe.model.embedding.vocabulary}: it needs at least as many")
+        self.rate = recipe.optimizer.schedule
+        self.spec = model.spec(recipe.model)
+        self.transform = recipe.optimizer.transform(self.spec)
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """Of the batches."""
+        one = self.recipe
+        return Plan(one.phases, _Encoder(self.tokenizer), _At(one.objective), one.rows, one.length, one.seed, one.cut)
+
+    @functools.cached_property
+    def rows(self) -> list[int]:
+        """The rows of a batch that this process's devices have."""
+        places = self.batch_shardings()["tokens"].addressable_devices_indices_map((self.recipe.rows, self.recipe.length))
+        found = {row for index in places.values() for row in range(*index[0].indices(self.recipe.rows))}
+        return sorted(found)
+
+    def batch_shardings(self) -> dict[str, NamedSharding]:
+        """Of a batch's arrays."""
+        shape = (self.recipe.rows, self.recipe.length)
+        whole = NamedSharding(self.mesh, sharding.partition(("batch", "length"), shape, self.mesh.shape))
+        rows = NamedSharding(self.mesh, sharding.partition(("batch", None), (self.recipe.rows, 1), self.mesh.shape))
+        names = ["tokens", "targets", "weights", "segments", *(["prefix"] if self.prefixes else [])]
+        return dict.fromkeys(names, whole) | {"state": rows}
+
+    @property
+    def prefixes(self) -> bool:
+        """Whether examples may begin with what all of them may see; encoders see everything as it is."""
+        def may(one: Objective) -> bool:
+            inner = getattr(one, "objectives", None) or ((one.objective,) if hasattr(one, "objective") else ())
+            return isinstance(one, objectives.AsText) or any(map(may, inner))
+        return any(map(may, self.recipe.objectives))
+
+    def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """A batch's rows of this process, as arrays over all devices."""
+        where = {row: place for place, row in enumerate(self.rows)}
+
+        def put(name: str, over: NamedSharding) -> Array:
+            mine = batch[name]
+
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                first, last, _ = index[0].indices(self.recipe.rows)
+                return mine[where[first]:where[last - 1] + 1, *index[1:]]
+            return jax.make_array_from_callback((self.recipe.rows, *mine.shape[1:]), over, part)
+
+        return {name: put(name, over) for name, over in self.batch_shardings().items()}
+
+    def batches(self, rows: Any = None, step: int = 0, workers: int = 0) -> Batches:
+        """This process's batches from a step on.
+
+        Args:
+          rows: their state, of all rows, as a checkpoint has it.
+        """
+        return Batches(self.plan, self.rows, state=None if rows is None else whole(rows), step=step, workers=workers)
+
+    def loss(self, params: PyTree, batch: Mapping[str, Array], key: Key[Array, ""]) -> objectives.Loss:
+        """The recipe's loss of a batch."""
+        one = self.recipe
+        return text.loss(params, one.model, batch, key, sizes=self.sizes, prefixes=self.prefixes, smoothing=one.smoothing,
+                         z=one.z, dtype=self.dtype, remat=REMAT[one.remat])
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """UTF-8 bytes of every token."""
+        found = np.zeros(self.recipe.model.embedding.vocabulary, np.int32)
+        spoken = self.tokenizer.token_bytes()
+        found[:len(spoken)] = [len(token) for token in spoken]
+        return found
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of a step of training, without what remat adds: 6 for every weight in a product, and attention's own products.
+
+        Reference: Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311; here causal scores count half.
+        """
+        cfg, flat = self.recipe.model, params.paths(self.spec)
+        table = flat["decoder/embedding/tokens"]
+        products = sum(math.prod(param.shape) for param in flat.values() if param.inputs and param is not table)
+        products += math.prod(table.shape) if cfg.head.tied else 0
+        scores = 0
+        for block in cfg.stack.blocks():
+            seen = min(self.recipe.length, block.attention.window or self.recipe.length)
+            scores += 2 * block.attention.heads * block.attention.head_width * seen / (2 if block.attention.causal else 1)
+        return 6.0 * (products + scores)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the computation."""
+        platform = self.mesh.devices.flat[0].platform
+        return DTYPES[self.recipe.dtype or ("float32" if platform == "cpu" else "bfloat16")]
+
+    @functools.cached_property
+    def shardings(self) -> State:
+        """Of the state: moments lie as their weights do."""
+        weights = params.paths(sharding.shardings(self.spec, self.mesh))
+        alone = NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+
+        def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+            # A moment's path ends in its weight's; of a reduced one (Adafactor) the shape is another.
+            for start in range(len(path)):
+                name = jax.tree_util.keystr(path[start:], simple=True, separator="/")
+                if name in weights and leaf.shape == params.paths(self.spec)[name].shape:
+                    return weights[name]
+            return alone
+        return jax.tree_util.tree_map_with_path(of, jax.eval_shape(self._begin, jax.random.key(0)))
+
+    def _begin(self, key: Key[Array, ""]) -> State:
+        first, rest = jax.random.split(key)
+        return begin(params.init(self.spec, first), self.transform, rest, self.recipe.average is not None)
+
+    def begin(self) -> State:
+        """The state before the first step."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self._begin, out_shardings=self.shardings)(jax.random.key(self.recipe.seed))
+
+    def abstract(self) -> State:
+        """The state's shapes, dtypes and shardings, for reading a checkpoint and for compiling without devices."""
+        shapes = jax.eval_shape(self._begin, jax.random.key(0))
+        return jax.tree.map(lambda leaf, over: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=over), shapes,
+                            self.shardings)
+
+    def abstract_rows(self) -> jax.ShapeDtypeStruct:
+        """The same of what batches keep."""
+        return jax.ShapeDtypeStruct((self.recipe.rows, self.plan.width), jnp.int32, sharding=self.batch_shardings()["state"])
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The same of a batch."""
+        shape = (self.recipe.rows, self.recipe.length)
+        return {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=over)
+                for name, over in self.batch_shardings().items() if name != "state"}
+
+    def step(self, skip: bool = False) -> Callable[[State, PyTree], tuple[State, Metrics]]:
+        """One update, to be compiled; consumes the state.
+
+        Args:
+          skip: leave everything as it is where the loss is not finite.
+        """
+        one = self.recipe
+
+        def update(state: State, batch: PyTree) -> tuple[State, Metrics]:
+            state, metrics = advance(self.loss, self.transform, state, batch, pieces=one.pieces, keep=one.average, skip=skip)
+            aux = dict(metrics.aux)
+            aux["bits_per_byte"] = aux["nll"] / jnp.maximum(aux.pop("bytes"), 1e-9) / np.float32(np.log(2))
+            aux["accuracy"] = aux.pop("correct")
+            return state, metrics.replace(aux=aux)
+
+        return jax.jit(update, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    def evaluation(self) -> Callable[[PyTree], dict[str, float]] | None:
+        """Loss, accuracy and bits per byte on the held-out batches, the same every time; None without any."""
+        one = self.recipe
+        if one.held_out is None:
+            return None
+        plan = Plan((one.held_out,), self.plan.encode, self.plan.objective, one.rows, one.length, one.seed + 1, one.cut)
+        with Batches(plan, self.rows, ahead=0) as found:
+            kept = [self.place(next(found)) for _ in range(one.evaluation_batches)]
+        for batch in kept:
+            del batch["state"]
+
+        @jax.jit
+        def measure(weights: PyTree, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+            loss = self.loss(weights, batch, jax.random.key(0))
+            return loss.weight, loss.aux
+
+        def evaluate(weights: PyTree) -> dict[str, float]:
+            weight, sums = 0.0, {"nll": 0.0, "correct": 0.0, "bytes": 0.0}
+            for batch in kept:
+                more, aux = jax.device_get(measure(weights, batch))
+                weight, sums = weight + float(more), {name: value + float(aux[name]) for name, value in sums.items()}
+            return {"loss": sums["nll"] / weight, "accuracy": sums["correct"] / weight,
+                    "bits_per_byte": sums["nll"] / sums["bytes"] / float(np.log(2))}
+
+        return evaluate
+
+
+def whole(rows: Any) -> np.ndarray:
+    """An array over all processes, on this one."""
+    if isinstance(rows, jax.Array) and not rows.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+    return np.asarray(rows)
+
+
+def mesh_of(recipe: Recipe, devices: Any = None) -> Mesh:
+    """The recipe's mesh.
+
+    Raises:
+      ValueError: when it needs more devices than there are, or does not divide the batch.
+    """
+    found = sharding.mesh(devices=devices, **dict(recipe.mesh))
+    ways = found.shape["data"] * found.shape["fsdp"]
+    if recipe.rows % (ways * recipe.pieces):
+        pieces = f" and {recipe.pieces} pieces" if recipe.pieces > 1 else ""
+        raise ValueError(f"a batch of {recipe.rows} rows does not divide over {ways} devices (axes data and fsdp){pieces}: it "
+                         f"needs a multiple of {ways * recipe.pieces}")
+    return found
