@@ -96,29 +96,37 @@ def read_config(path: pathlib.Path) -> config.Decoder:
     return families.read(json.loads(file.read_text(encoding="utf-8")))
 
 
-def make_mesh(topology: str, split: str) -> jax.sharding.Mesh:
-    """The mesh over a slice that this machine does not have.
+def devices(topology: str) -> list[Any]:
+    """The chips of a slice that this machine does not have.
 
     Raises:
-      ValueError: without libtpu, for a slice that it does not know, or a split that does not fit the slice.
+      ValueError: without libtpu, and for a slice that it does not know.
     """
     try:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError("the TPU compiler is not installed; it comes with jaxlm's extra: pip install 'jaxlm[tpu]' "
                          "(Linux on x86-64)") from error
+    reasons = []
+    for bounds in ({}, {"chips_per_host_bounds": (1, 1, 1)}):  # the second for slices smaller than a host
+        try:
+            return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
+        except jax.errors.JaxRuntimeError as error:
+            reasons.append(str(error))
+    raise ValueError(f"libtpu knows no slice {topology!r} ({reasons[0]}); they are written v5e:2x2, v6e:1x1, v5p:2x2x1")
+
+
+def make_mesh(topology: str, split: str) -> jax.sharding.Mesh:
+    """The mesh over a slice that this machine does not have.
+
+    Raises:
+      ValueError: as `devices`, and for a split that does not fit the slice.
+    """
     try:
         sizes = {axis: int(size) for axis, size in (part.split("=") for part in split.split(","))}
     except ValueError as error:
         raise ValueError(f"a mesh is given as data=2,model=-1, got {split!r}") from error
-    reasons = []
-    for bounds in ({}, {"chips_per_host_bounds": (1, 1, 1)}):  # the second for slices smaller than a host
-        try:
-            devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
-            return sharding.mesh(devices=devices, **sizes)
-        except jax.errors.JaxRuntimeError as error:
-            reasons.append(str(error))
-    raise ValueError(f"libtpu knows no slice {topology!r} ({reasons[0]}); they are written v5e:2x2, v6e:1x1, v5p:2x2x1")
+    return sharding.mesh(devices=devices(topology), **sizes)
 
 
 def abstract_weights(cfg: config.Decoder, mesh: jax.sharding.Mesh, kind: str) -> PyTree:

@@ -327,6 +327,36 @@ def collectives(module: Module, computation: Computation, lengths: Lengths = Non
     return {kind: dict(counts) for kind, counts in found.items() if counts}
 
 
+def flops(module: Module, computation: Computation, lengths: Lengths = None) -> int:
+    """FLOPs of the matrix products in one run of a computation, on one chip; kernels that XLA cannot look into have none."""
+    total = 0
+    for where, one, times in module.run(computation, lengths):
+        total += times * _product_flops(module, where, one)
+    return total
+
+
+def _product_flops(module: Module, where: Computation, one: Instruction) -> int:
+    """Of one instruction, with those fused into it."""
+    inner = module.fused(one)
+    if inner is not None:
+        return sum(_product_flops(module, inner, part) for part in inner.instructions.values())
+    if one.opcode == "dot":
+        left = where.instructions[one.operands[0]].shapes[0].dims
+        summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
+        return 2 * one.shapes[0].size * math.prod(left[int(dim)] for dim in summed[1].split(",") if dim)
+    if one.opcode != "convolution":
+        return 0
+    # A TPU's products are convolutions. Their dimensions of space are those of a batch, where each place meets one of the
+    # kernel's, unless the result has none of them left: those are summed over, as the features are.
+    right, out = where.instructions[one.operands[1]].shapes[0].dims, one.shapes[0].dims
+    _, kernel, result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest).groups()
+    summed = 1
+    for label, size in zip(kernel, right, strict=True):
+        if label == "i" or (label.isdigit() and out[result.index(label)] == 1):
+            summed *= size
+    return 2 * math.prod(out) * summed
+
+
 def host_transfers(text: str) -> int:
     """How many operations of a program talk to the host: callbacks, infeeds, outfeeds. Takes StableHLO or HLO text."""
     return sum(bool(re.search(r"is_host_transfer ?= ?true|\b(?:stablehlo\.)?(?:in|out)feed\b|custom[-_]call.*callback", line))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
 from jaxlm import config, model, objectives, params, sharding
@@ -130,30 +130,142 @@ class _At:
         return self.objective.at(step) if isinstance(self.objective, objectives.Schedule) else self.objective
 
 
-class Run:
-    """A recipe on the devices at hand.
+class Program:
+    """A recipe's step for some devices, which may be described only: nothing is read, nothing computed.
 
     Attributes:
       mesh: of the devices.
+      spec: of the weights.
+    """
+
+    sizes: np.ndarray | None = None  # UTF-8 bytes of every token, where there is a tokenizer
+
+    def __init__(self, recipe: Recipe, devices: Any = None) -> None:
+        """
+        Raises:
+          ValueError: for a mesh larger than the machine, a batch that it does not divide, patterns of paths that match none.
+        """
+        self.recipe = recipe
+        self.mesh = mesh_of(recipe, devices)
+        self.spec = model.spec(recipe.model)
+        self.transform = recipe.optimizer.transform(self.spec)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the computation."""
+        platform = self.mesh.devices.flat[0].platform
+        return DTYPES[self.recipe.dtype or ("float32" if platform == "cpu" else "bfloat16")]
+
+    @property
+    def prefixes(self) -> bool:
+        """Whether examples may begin with what all of them may see; encoders see everything as it is."""
+        def may(one: Objective) -> bool:
+            inner = getattr(one, "objectives", None) or ((one.objective,) if hasattr(one, "objective") else ())
+            return isinstance(one, objectives.AsText) or any(map(may, inner))
+        return any(map(may, self.recipe.objectives))
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of a step of training, without what remat adds: 6 for every weight in a product, and attention's own products.
+
+        Reference: Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311; here causal scores count half.
+        """
+        cfg, flat = self.recipe.model, params.paths(self.spec)
+        table = flat["decoder/embedding/tokens"]
+        products = sum(math.prod(param.shape) for param in flat.values() if param.inputs and param is not table)
+        products += math.prod(table.shape) if cfg.head.tied else 0
+        scores = 0
+        for block in cfg.stack.blocks():
+            seen = min(self.recipe.length, block.attention.window or self.recipe.length)
+            scores += 2 * block.attention.heads * block.attention.head_width * seen / (2 if block.attention.causal else 1)
+        return 6.0 * (products + scores)
+
+    def loss(self, params: PyTree, batch: Mapping[str, Array], key: Key[Array, ""]) -> objectives.Loss:
+        """The recipe's loss of a batch."""
+        one = self.recipe
+        return text.loss(params, one.model, batch, key, sizes=self.sizes, prefixes=self.prefixes, smoothing=one.smoothing,
+                         z=one.z, dtype=self.dtype, remat=REMAT[one.remat])
+
+    def step(self, skip: bool = False) -> Callable[[State, PyTree], tuple[State, Metrics]]:
+        """One update, to be compiled; consumes the state.
+
+        Args:
+          skip: leave everything as it is where the loss is not finite.
+        """
+        one = self.recipe
+
+        def update(state: State, batch: PyTree) -> tuple[State, Metrics]:
+            state, metrics = advance(self.loss, self.transform, state, batch, pieces=one.pieces, keep=one.average, skip=skip)
+            aux = dict(metrics.aux)
+            aux["accuracy"] = aux.pop("correct")
+            if "bytes" in aux:
+                aux["bits_per_byte"] = aux["nll"] / jnp.maximum(aux.pop("bytes"), 1e-9) / np.float32(np.log(2))
+            return state, metrics.replace(aux=aux)
+
+        return jax.jit(update, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    @functools.cached_property
+    def shardings(self) -> State:
+        """Of the state: moments lie as their weights do."""
+        weights, shapes = (params.paths(tree) for tree in (sharding.shardings(self.spec, self.mesh), self.spec))
+        alone = NamedSharding(self.mesh, PartitionSpec())
+
+        def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+            # A moment's path ends in its weight's; one that is reduced (Adafactor's) has another shape.
+            for start in range(len(path)):
+                name = jax.tree_util.keystr(path[start:], simple=True, separator="/")
+                if name in weights and leaf.shape == shapes[name].shape:
+                    return weights[name]
+            return alone
+        return jax.tree_util.tree_map_with_path(of, jax.eval_shape(self._begin, jax.random.key(0)))
+
+    def _begin(self, key: Key[Array, ""]) -> State:
+        first, rest = jax.random.split(key)
+        return begin(params.init(self.spec, first), self.transform, rest, self.recipe.average is not None)
+
+    def abstract(self) -> State:
+        """The state's shapes, dtypes and shardings, for reading a checkpoint and for compiling without devices."""
+        shapes = jax.eval_shape(self._begin, jax.random.key(0))
+        return jax.tree.map(lambda leaf, over: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=over), shapes,
+                            self.shardings)
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The same of a batch."""
+        shape = (self.recipe.rows, self.recipe.length)
+        return {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=over)
+                for name, over in self.batch_shardings().items() if name != "state"}
+
+    def batch_shardings(self) -> dict[str, NamedSharding]:
+        """Of a batch's arrays."""
+        def over(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+            return NamedSharding(self.mesh, sharding.partition(axes, shape, self.mesh.shape))
+
+        whole = over(("batch", "length"), (self.recipe.rows, self.recipe.length))
+        names = ["tokens", "targets", "weights", "segments", *(["prefix"] if self.prefixes else [])]
+        return dict.fromkeys(names, whole) | {"state": over(("batch", None), (self.recipe.rows, 1))}
+
+
+class Run(Program):
+    """A recipe on the devices at hand, with its data.
+
+    Attributes:
       tokenizer: loaded.
     """
 
     def __init__(self, recipe: Recipe, devices: Any = None) -> None:
         """
         Raises:
-          ValueError: for data that is not there, a tokenizer with more tokens than the model, a mesh larger than the machine, a
-            batch that the mesh does not divide.
+          ValueError: as `Program`, for data that is not there, and for a tokenizer with more tokens than the model.
         """
-        self.recipe = recipe
-        self.mesh = mesh_of(recipe, devices)
+        super().__init__(recipe, devices)
         directory = recipe.tokenizer.directory() if isinstance(recipe.tokenizer, BytePairs) else pathlib.Path(recipe.tokenizer)
         self.tokenizer = Tokenizer.from_directory(directory)
-        if self.tokenizer.size > recipe.model.embedding.vocabulary:
+        vocabulary = recipe.model.embedding.vocabulary
+        if self.tokenizer.size > vocabulary:
             raise ValueError(f"the tokenizer in {directory} has {self.tokenizer.size} tokens, the model a vocabulary of "
-                             f"{recipe.model.embedding.vocabulary}: it needs at least as many")
-        self.rate = recipe.optimizer.schedule
-        self.spec = model.spec(recipe.model)
-        self.transform = recipe.optimizer.transform(self.spec)
+                             f"{vocabulary}: it needs at least as many")
+        self.sizes = np.zeros(vocabulary, np.int32)
+        self.sizes[:self.tokenizer.size] = [len(token) for token in self.tokenizer.token_bytes()]
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -165,24 +277,7 @@ class Run:
     def rows(self) -> list[int]:
         """The rows of a batch that this process's devices have."""
         places = self.batch_shardings()["tokens"].addressable_devices_indices_map((self.recipe.rows, self.recipe.length))
-        found = {row for index in places.values() for row in range(*index[0].indices(self.recipe.rows))}
-        return sorted(found)
-
-    def batch_shardings(self) -> dict[str, NamedSharding]:
-        """Of a batch's arrays."""
-        shape = (self.recipe.rows, self.recipe.length)
-        whole = NamedSharding(self.mesh, sharding.partition(("batch", "length"), shape, self.mesh.shape))
-        rows = NamedSharding(self.mesh, sharding.partition(("batch", None), (self.recipe.rows, 1), self.mesh.shape))
-        names = ["tokens", "targets", "weights", "segments", *(["prefix"] if self.prefixes else [])]
-        return dict.fromkeys(names, whole) | {"state": rows}
-
-    @property
-    def prefixes(self) -> bool:
-        """Whether examples may begin with what all of them may see; encoders see everything as it is."""
-        def may(one: Objective) -> bool:
-            inner = getattr(one, "objectives", None) or ((one.objective,) if hasattr(one, "objective") else ())
-            return isinstance(one, objectives.AsText) or any(map(may, inner))
-        return any(map(may, self.recipe.objectives))
+        return sorted({row for index in places.values() for row in range(*index[0].indices(self.recipe.rows))})
 
     def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """A batch's rows of this process, as arrays over all devices."""
@@ -206,105 +301,21 @@ class Run:
         """
         return Batches(self.plan, self.rows, state=None if rows is None else whole(rows), step=step, workers=workers)
 
-    def loss(self, params: PyTree, batch: Mapping[str, Array], key: Key[Array, ""]) -> objectives.Loss:
-        """The recipe's loss of a batch."""
-        one = self.recipe
-        return text.loss(params, one.model, batch, key, sizes=self.sizes, prefixes=self.prefixes, smoothing=one.smoothing,
-                         z=one.z, dtype=self.dtype, remat=REMAT[one.remat])
-
-    @functools.cached_property
-    def sizes(self) -> np.ndarray:
-        """UTF-8 bytes of every token."""
-        found = np.zeros(self.recipe.model.embedding.vocabulary, np.int32)
-        spoken = self.tokenizer.token_bytes()
-        found[:len(spoken)] = [len(token) for token in spoken]
-        return found
-
-    @property
-    def flops_per_token(self) -> float:
-        """Of a step of training, without what remat adds: 6 for every weight in a product, and attention's own products.
-
-        Reference: Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311; here causal scores count half.
-        """
-        cfg, flat = self.recipe.model, params.paths(self.spec)
-        table = flat["decoder/embedding/tokens"]
-        products = sum(math.prod(param.shape) for param in flat.values() if param.inputs and param is not table)
-        products += math.prod(table.shape) if cfg.head.tied else 0
-        scores = 0
-        for block in cfg.stack.blocks():
-            seen = min(self.recipe.length, block.attention.window or self.recipe.length)
-            scores += 2 * block.attention.heads * block.attention.head_width * seen / (2 if block.attention.causal else 1)
-        return 6.0 * (products + scores)
-
-    @property
-    def dtype(self) -> Any:
-        """Of the computation."""
-        platform = self.mesh.devices.flat[0].platform
-        return DTYPES[self.recipe.dtype or ("float32" if platform == "cpu" else "bfloat16")]
-
-    @functools.cached_property
-    def shardings(self) -> State:
-        """Of the state: moments lie as their weights do."""
-        weights = params.paths(sharding.shardings(self.spec, self.mesh))
-        alone = NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-
-        def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-            # A moment's path ends in its weight's; of a reduced one (Adafactor) the shape is another.
-            for start in range(len(path)):
-                name = jax.tree_util.keystr(path[start:], simple=True, separator="/")
-                if name in weights and leaf.shape == params.paths(self.spec)[name].shape:
-                    return weights[name]
-            return alone
-        return jax.tree_util.tree_map_with_path(of, jax.eval_shape(self._begin, jax.random.key(0)))
-
-    def _begin(self, key: Key[Array, ""]) -> State:
-        first, rest = jax.random.split(key)
-        return begin(params.init(self.spec, first), self.transform, rest, self.recipe.average is not None)
-
     def begin(self) -> State:
         """The state before the first step."""
         with jax.set_mesh(self.mesh):
             return jax.jit(self._begin, out_shardings=self.shardings)(jax.random.key(self.recipe.seed))
 
-    def abstract(self) -> State:
-        """The state's shapes, dtypes and shardings, for reading a checkpoint and for compiling without devices."""
-        shapes = jax.eval_shape(self._begin, jax.random.key(0))
-        return jax.tree.map(lambda leaf, over: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=over), shapes,
-                            self.shardings)
-
     def abstract_rows(self) -> jax.ShapeDtypeStruct:
-        """The same of what batches keep."""
+        """Shape, dtype and sharding of what batches keep."""
         return jax.ShapeDtypeStruct((self.recipe.rows, self.plan.width), jnp.int32, sharding=self.batch_shardings()["state"])
-
-    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The same of a batch."""
-        shape = (self.recipe.rows, self.recipe.length)
-        return {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=over)
-                for name, over in self.batch_shardings().items() if name != "state"}
-
-    def step(self, skip: bool = False) -> Callable[[State, PyTree], tuple[State, Metrics]]:
-        """One update, to be compiled; consumes the state.
-
-        Args:
-          skip: leave everything as it is where the loss is not finite.
-        """
-        one = self.recipe
-
-        def update(state: State, batch: PyTree) -> tuple[State, Metrics]:
-            state, metrics = advance(self.loss, self.transform, state, batch, pieces=one.pieces, keep=one.average, skip=skip)
-            aux = dict(metrics.aux)
-            aux["bits_per_byte"] = aux["nll"] / jnp.maximum(aux.pop("bytes"), 1e-9) / np.float32(np.log(2))
-            aux["accuracy"] = aux.pop("correct")
-            return state, metrics.replace(aux=aux)
-
-        return jax.jit(update, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def evaluation(self) -> Callable[[PyTree], dict[str, float]] | None:
         """Loss, accuracy and bits per byte on the held-out batches, the same every time; None without any."""
         one = self.recipe
         if one.held_out is None:
             return None
-        plan = Plan((one.held_out,), self.plan.encode, self.plan.objective, one.rows, one.length, one.seed + 1, one.cut)
+        plan = dataclasses.replace(self.plan, phases=(one.held_out,), seed=one.seed + 1)
         with Batches(plan, self.rows, ahead=0) as found:
             kept = [self.place(next(found)) for _ in range(one.evaluation_batches)]
         for batch in kept:
@@ -316,12 +327,12 @@ class Run:
             return loss.weight, loss.aux
 
         def evaluate(weights: PyTree) -> dict[str, float]:
-            weight, sums = 0.0, {"nll": 0.0, "correct": 0.0, "bytes": 0.0}
+            weight, sums = 0.0, dict.fromkeys(("nll", "correct", "bytes"), 0.0)
             for batch in kept:
                 more, aux = jax.device_get(measure(weights, batch))
                 weight, sums = weight + float(more), {name: value + float(aux[name]) for name, value in sums.items()}
             return {"loss": sums["nll"] / weight, "accuracy": sums["correct"] / weight,
-                    "bits_per_byte": sums["nll"] / sums["bytes"] / float(np.log(2))}
+                    "bits_per_byte": sums["nll"] / sums["bytes"] / math.log(2)}
 
         return evaluate
 

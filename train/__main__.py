@@ -99,16 +99,24 @@ def read(path: str) -> Recipe:
     return recipe
 
 
+def read_mesh(axes: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """Axes and their sizes, as a recipe has them.
+
+    Raises:
+      ValueError: for what is not like data=2.
+    """
+    parts = [axis.partition("=") for axis in axes]
+    if not all(size.removeprefix("-").isdigit() for _, _, size in parts):
+        raise ValueError(f"--mesh takes axes with their sizes, like data=2 fsdp=4, got {' '.join(axes)}")
+    return tuple((name, int(size)) for name, _, size in parts)
+
+
 def changed(recipe: Recipe, arguments: Arguments) -> Recipe:
     """The recipe with what the command line says otherwise."""
     names = ("steps", "rows", "length", "pieces", "seed", "dtype", "remat", "checkpoint_every", "evaluate_every")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.mesh:
-        axes = [axis.partition("=") for axis in arguments.mesh]
-        wrong = [name for name, _, size in axes if not size.removeprefix("-").isdigit()]
-        if wrong:
-            raise ValueError(f"--mesh takes axes with their sizes, like data=2 fsdp=4, got {' '.join(arguments.mesh)}")
-        given["mesh"] = tuple((name, int(size)) for name, _, size in axes)
+        given["mesh"] = read_mesh(arguments.mesh)
     return dataclasses.replace(recipe, **given)
 
 
@@ -135,7 +143,7 @@ def run(recipe: Recipe, out: pathlib.Path, arguments: Arguments, quiet: bool = F
         try:
             with jax.set_mesh(job.mesh), job.batches(rows, start, arguments.workers) as batches:
                 done = fit(job.step(arguments.skip > 0), state, batches, place=job.place, settings=settings, report=told,
-                           checkpoints=checkpoints, evaluate=job.evaluation(), rate=job.rate, start=start,
+                           checkpoints=checkpoints, evaluate=job.evaluation(), rate=recipe.optimizer.schedule, start=start,
                            flops_per_token=job.flops_per_token, peak=_peak(job))
         finally:
             told.close()

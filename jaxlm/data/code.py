@@ -43,21 +43,29 @@ class SourceCode(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, description=self.__doc__, features=features)
 
     def _split_generators(self, dl_manager: Any) -> Mapping[str, Iterator[tuple[str, dict[str, str]]]]:
-        return {name: self._generate_examples(name) for name in ("train", *SHARES)}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, str]]]:
+        found: dict[str, list[tuple[str, str]]] = {}
         for path, text in files(self.builder_config.folder, self.builder_config.endings):
-            if split_of(path) == split:
-                yield path, {"text": text, "path": path}
+            found.setdefault(split_of(path), []).append((path, text))
+        return {name: self._generate_examples(some) for name, some in found.items()}  # none without files
+
+    def _generate_examples(self, found: Sequence[tuple[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
+        for path, text in found:
+            yield path, {"text": text, "path": path}
+
+
+def paths(folder: str | os.PathLike[str], endings: Sequence[str]) -> list[pathlib.Path]:
+    """The files with one of the endings, sorted; without those of tests and installed packages."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in SKIPPED]
+        found += [pathlib.Path(place, name) for name in names if name.endswith(tuple(endings))]
+    return sorted(path for path in found if path.is_file())
 
 
 def files(folder: str | os.PathLike[str], endings: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Path within the folder and text of every file, sorted; without tests, installed packages, copies and giants."""
-    root, seen = pathlib.Path(folder), set()
-    for path in sorted(root.rglob("*")):
-        inner = path.relative_to(root)
-        if path.suffix not in endings or not path.is_file() or set(inner.parts[:-1]) & set(SKIPPED):
-            continue
+    """Path within the folder and text of every one of the `paths`; without copies, giants and what is empty or no UTF-8."""
+    seen = set()
+    for path in paths(folder, endings):
         content = path.read_bytes()
         digest = hashlib.blake2b(content).digest()
         if not content.strip() or len(content) > LARGEST or digest in seen:
@@ -67,7 +75,7 @@ def files(folder: str | os.PathLike[str], endings: Sequence[str]) -> Iterator[tu
         except UnicodeDecodeError:
             continue
         seen.add(digest)
-        yield inner.as_posix(), text
+        yield path.relative_to(folder).as_posix(), text
 
 
 def split_of(path: str) -> str:
@@ -97,7 +105,8 @@ def _quiet() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Code(Source):
-    """Source code: a document per file. The dataset is made when it is first asked for, which takes a few seconds.
+    """Source code: a document per file. The dataset is made when it is first asked for, and again when files of the folder have
+    changed, which takes a few seconds.
 
     Attributes:
       split: "train", "validation" or "test".
@@ -119,7 +128,9 @@ class Code(Source):
             folder = os.path.abspath(os.path.expanduser(self.folder))
             if not os.path.isdir(folder):
                 raise ValueError(f"there is no folder {self.folder!r}")
-            digest = hashlib.blake2b(repr((folder, self.endings)).encode(), digest_size=4).hexdigest()
+            stats = [(os.fspath(path), path.stat()) for path in paths(folder, self.endings)]
+            state = folder, self.endings, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+            digest = hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()
             name = re.sub(r"\W+", "_", os.path.basename(folder)) + "_" + digest
         if next(files(folder, self.endings), None) is None:
             raise ValueError(f"{folder} has no files that end in {' or '.join(self.endings)}")
@@ -128,5 +139,9 @@ class Code(Source):
             builder = SourceCode(config=Folder(name=name, folder=folder, endings=self.endings), data_dir=directory,
                                  file_format="array_record")
             if not builder.is_prepared():
-                builder.download_and_prepare()
+                try:
+                    builder.download_and_prepare()
+                except OSError:
+                    if not builder.is_prepared():  # by another process, meanwhile
+                        raise
         return Tfds(f"source_code/{name}:{SourceCode.VERSION}", self.split, "text", directory).open()

@@ -41,7 +41,7 @@ def _found(paths: str | Sequence[str]) -> list[pathlib.Path]:
         matched = [name for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name)]
         if not matched:
             raise ValueError(f"no file matches {pattern!r} (from {os.getcwd()})")
-        found |= set(matched)
+        found |= {os.path.abspath(name) for name in matched}
     return [pathlib.Path(name) for name in sorted(found)]
 
 
@@ -57,6 +57,10 @@ def _text(record: Any, field: str | None, where: str) -> str:
         return record.decode("utf-8", errors="replace")
     if not isinstance(record, str):
         raise ValueError(f"{where} should be text, got {type(record).__name__}: {str(record)[:60]!r}")
+    try:
+        record.encode()
+    except UnicodeEncodeError:  # JSON can write halves of characters, which no tokenizer takes
+        record = record.encode("utf-16", "surrogatepass").decode("utf-16", errors="replace")
     return record
 
 
@@ -115,9 +119,10 @@ class _JsonLines(Sequence[str]):
         places = []  # of every line: file, begin, end
         for number, path in enumerate(paths):
             with path.open("rb") as file:
-                ends = np.cumsum([0, *(len(line) for line in file)], dtype=np.int64)
-            whole = np.stack([np.full(len(ends) - 1, number), ends[:-1], ends[1:]], axis=1)
-            places.append(whole[np.diff(ends) > 2])  # a blank line has at most its end, of two bytes
+                sizes = np.fromiter((-len(line) if line.isspace() else len(line) for line in file), np.int64)
+            ends = np.cumsum(np.abs(sizes))
+            whole = np.stack([np.full(len(ends), number), ends - np.abs(sizes), ends], axis=1)
+            places.append(whole[sizes > 0])  # without blank ones
         self.places = np.concatenate(places)
 
     def __len__(self) -> int:
@@ -130,9 +135,10 @@ class _JsonLines(Sequence[str]):
             line = file.read(end - begin)
         where = f"{self.paths[number]}, the line at byte {begin},"
         try:
-            return _text(json.loads(line), self.field, where)
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+        except ValueError as error:
             raise ValueError(f"{where} is no JSON: {error}") from error
+        return _text(record, self.field, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +154,7 @@ class Parquet(Source):
     field: str = "text"
 
     def open(self) -> Sequence[str]:
-        """A group of rows is read at a time, and the last few are kept."""
+        """A document costs the reading of its group of rows; the last few groups are kept."""
         return _some(_Parquet(_found(self.paths), self.field), f"{self.paths}")
 
 
@@ -170,7 +176,7 @@ class _Parquet(Sequence[str]):
                 self.groups.append((path, group))
                 sizes.append(meta.row_group(group).num_rows)
         self.ends = np.cumsum(sizes, dtype=np.int64)
-        self.kept: dict[int, list[Any]] = {}
+        self.kept: dict[int, Any] = {}
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,18 +192,20 @@ class _Parquet(Sequence[str]):
     def __getitem__(self, index: Any) -> str:
         import pyarrow.parquet
 
+        if not 0 <= index < len(self):
+            raise IndexError(f"{len(self.paths)} tables have {len(self)} rows, got index {index}")
         group = int(np.searchsorted(self.ends, index, side="right"))
         path, number = self.groups[group]
         with self.lock:
             rows = self.kept.pop(group, None)
             if rows is None:
                 with pyarrow.parquet.ParquetFile(path) as file:
-                    rows = file.read_row_group(number, columns=[self.field]).column(0).to_pylist()
+                    rows = file.read_row_group(number, columns=[self.field]).column(0)
             self.kept[group] = rows  # the latest last
             while len(self.kept) > self.KEPT:
                 self.kept.pop(next(iter(self.kept)))
         row = int(index) - (int(self.ends[group - 1]) if group else 0)
-        return _text(rows[row], None, f"{path}, row {row} of group {number},")
+        return _text(rows[row].as_py(), None, f"{path}, row {row} of group {number},")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +238,8 @@ class _Records(Sequence[str]):
         return len(self.records)
 
     def __getitem__(self, index: Any) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has {len(self)} documents, got index {index}")
         record, where = self.records[index], f"{self.name}, record {index},"
         if self.field is not None and isinstance(record, bytes):
             try:

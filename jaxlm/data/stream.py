@@ -1,8 +1,9 @@
 """Batches of packed examples in an order that depends on a seed and nothing else.
 
-Every row of the global batch is a stream of its own: row r of B reads documents r, r + B, r + 2B ... of the shuffled mixture,
-cuts them to fit and fills row after row. So it does not matter how many processes there are, which of them makes which rows,
-nor how many workers help. Where a row is, is a few integers, which come with each batch: who keeps them can go on from there.
+Every row of the global batch is a stream of its own: of B rows each reads one of the shuffled mixture's first B documents, one
+of the next B ..., cuts them to fit and fills row after row. So it does not matter how many processes there are, which of them
+makes which rows, nor how many workers help. Where a row is, is a few integers, which come with each batch: who keeps them can
+go on from there.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 from jaxlm.data.source import Source
 
 _MAX_EMPTY = 10_000  # documents without text in a row before it is an error
-_LEAST = 8  # tokens for which a document is cut; a row with less room is padded
+_LEAST = 8  # tokens for which a document is cut, or an eighth of a row; a row with less room is padded
 
 
 class Example(Protocol):
@@ -36,7 +37,11 @@ class Objective(Protocol):
     overlap: int
 
     def example(self, tokens: Int[np.ndarray, " n"], random: np.random.Generator) -> Example:
-        """An example of a piece of a document; as long or longer the longer the piece is."""
+        """An example of a piece of a document; as long or longer the longer the piece is.
+
+        Raises:
+          ValueError: for a piece with nothing to learn from, which is then left out.
+        """
         raise NotImplementedError
 
 
@@ -59,18 +64,17 @@ class Phase:
             raise ValueError(f"a phase has at least 1 step, got {self.steps}")
 
 
-def mixture(phase: Phase, seed: int) -> grain.MapDataset:
+def mixture(phase: Phase, *seed: int) -> grain.MapDataset:
     """The phase's documents, shuffled anew each time a source is through, without end.
 
     Raises:
       ValueError: as `Source.open`.
     """
-    found = [(grain.MapDataset.source(source.open()).seed(seed + place).shuffle().repeat(None), share)
-             for place, (source, share) in enumerate(phase.sources)]
-    if len(found) == 1:
-        return found[0][0]
-    datasets, shares = zip(*found, strict=True)
-    return grain.MapDataset.mix(list(datasets), weights=[share / sum(shares) for share in shares])
+    datasets = []
+    for place, (source, _) in enumerate(phase.sources):
+        order = int(np.random.SeedSequence((*seed, place)).generate_state(1)[0])
+        datasets.append(grain.MapDataset.source(source.open()).shuffle(seed=order).repeat(None))
+    return grain.MapDataset.mix(datasets, weights=[share for _, share in phase.sources]) if len(datasets) > 1 else datasets[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,8 @@ class Plan:
             raise ValueError("a plan has phases, all but the last of so many steps")
         if min(self.rows, self.length) < 1:
             raise ValueError(f"a batch has at least one row of one token, got {self.rows} of {self.length}")
+        if self.seed < 0:
+            raise ValueError(f"a seed is not negative, got {self.seed}")
 
     @property
     def width(self) -> int:
@@ -148,23 +154,30 @@ class _Filler:
         out = {"tokens": np.zeros(length, np.int32), "targets": np.zeros(length, np.int32),
                "weights": np.zeros(length, np.float32), "segments": np.zeros(length, np.int32),
                "prefix": np.zeros(length, np.int32)}
-        used, segment, empty = 0, 0, 0
+        used, segment, empty, least = 0, 0, 0, min(_LEAST, length // 8)
         state = self.state[row]
         while used < length:
             tokens, document = self._document(row, phase)
-            rest = tokens[state[-1]:]
-            if len(rest) < 2:
+            rest, room = tokens[state[-1]:], length - used
+            made, reason = None, None
+            if len(rest) >= 2:
+                try:
+                    made = self._example(objective, (*document, state[-1]), rest, room)
+                except ValueError as error:
+                    reason = error
+            if made is None:
                 state[phase], state[-1] = state[phase] + 1, 0
                 empty += 1
                 if empty > _MAX_EMPTY:
-                    raise ValueError(f"{_MAX_EMPTY} documents in a row have no two tokens: there is nothing to learn from them")
+                    why = reason or "they have no two tokens"
+                    raise ValueError(f"there is nothing to learn from {_MAX_EMPTY} documents in a row: {why}") from reason
                 continue
-            room = length - used
-            if used and (room < _LEAST or (not self.plan.cut and not self._fits(objective, document, rest, room))):
+            example, taken = made
+            if taken < len(rest) and used and (not taken or room < least or not self.plan.cut):
                 break
-            example, taken = self._example(objective, document, state[-1], rest, room)
             if not taken:
-                break
+                raise ValueError(f"rows of {length} tokens hold no example of {type(objective).__name__}, however short the "
+                                 "document")
             size, end = len(example.tokens), used + len(example.tokens)
             segment, empty = segment + 1, 0
             for name in ("tokens", "targets", "weights"):
@@ -179,48 +192,46 @@ class _Filler:
 
     def _document(self, row: int, phase: int) -> tuple[np.ndarray, tuple[int, int]]:
         """The tokens of the row's current document, and what it is called."""
-        index = row + self.plan.rows * self.state[row][phase]
-        document = (phase, index)
-        if self.read.get(row, (None,))[0] != document:
-            self.read[row] = (document, np.asarray(self.plan.encode(self.documents[phase][index]), np.int32))
-        return self.read[row][1], document
+        rows, count = self.plan.rows, self.state[row][phase]
+        if self.read.get(row, (None,))[0] != (phase, count):
+            # Sources alternate: always the same place among B documents would be always the same source.
+            turn = int(np.random.default_rng((self.plan.seed, phase, count)).integers(rows))
+            index = rows * count + (row + turn) % rows
+            tokens = np.asarray(self.plan.encode(self.documents[phase][index]), np.int32)
+            self.read[row] = ((phase, count), tokens, index)
+        _, tokens, index = self.read[row]
+        return tokens, (phase, index)
 
-    def _example(self, objective: Objective, document: tuple[int, int], offset: int, rest: np.ndarray,
-                 room: int) -> tuple[Example, int]:
-        """The example of as much of a document as fits, and how much that is."""
+    def _example(self, objective: Objective, piece: tuple[int, int, int], rest: np.ndarray,
+                 room: int) -> tuple[Example | None, int]:
+        """The example of as much of a document as fits, and how much that is; none where nothing does."""
         taken = min(len(rest), room + 1)
-        while taken >= 2:
-            random = np.random.default_rng((self.plan.seed, *document, offset))
-            example = objective.example(rest[:taken], random)
-            if len(example.tokens) <= room:
+        while True:
+            example = objective.example(rest[:taken], np.random.default_rng((self.plan.seed, *piece)))
+            over = len(example.tokens) - room
+            if over <= 0:
                 return example, taken
-            taken -= len(example.tokens) - room
-        if room == self.plan.length:
-            raise ValueError(f"rows of {room} tokens hold no example of {type(objective).__name__}, however short the document")
-        return example, 0
-
-    def _fits(self, objective: Objective, document: tuple[int, int], rest: np.ndarray, room: int) -> bool:
-        random = np.random.default_rng((self.plan.seed, *document, 0))
-        return len(rest) <= room + 1 and len(objective.example(rest, random).tokens) <= room
+            if taken == 2:
+                return None, 0
+            taken = max(taken - over, 2)
 
 
 class _Rows(grain.IterDataset):
     """Some rows of every batch, as grain prefetches them in threads and processes."""
 
-    def __init__(self, plan: Plan, rows: Sequence[int], state: Int[np.ndarray, "B K"], step: int) -> None:
+    def __init__(self, plan: Plan, documents: Sequence[grain.MapDataset], rows: Sequence[int],
+                 state: Int[np.ndarray, "B K"], step: int) -> None:
         super().__init__()
-        self.plan, self.rows, self.state, self.step = plan, list(rows), state, step
+        self.start = plan, documents, list(rows), state, step
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _RowsIterator(self)
+        return _RowsIterator(_Filler(*self.start))
 
 
 class _RowsIterator(grain.DatasetIterator):
-    def __init__(self, dataset: _Rows) -> None:
+    def __init__(self, filler: _Filler) -> None:
         super().__init__()
-        plan = dataset.plan
-        documents = [mixture(phase, plan.seed + 1000 * index) for index, phase in enumerate(plan.phases)]
-        self.filler = _Filler(plan, documents, dataset.rows, dataset.state, dataset.step)
+        self.filler = filler
 
     def __next__(self) -> dict[str, np.ndarray]:
         return self.filler.next()
@@ -253,35 +264,47 @@ class Batches(Iterator[Batch]):
           ahead: batches that are made before they are asked for; 0, without workers, makes each when it is asked for.
 
         Raises:
-          ValueError: as `Source.open`, and for a state of another plan's shape.
+          ValueError: as `Source.open`, for a state of another plan's shape, and for rows that the plan does not have.
         """
         rows = list(range(plan.rows)) if rows is None else list(rows)
+        if not rows or not set(rows) <= set(range(plan.rows)):
+            raise ValueError(f"rows are of 0 to {plan.rows - 1}, at least one, got {rows}")
         state = plan.start() if state is None else np.asarray(state)
         if state.shape != (plan.rows, plan.width):
             raise ValueError(f"the state of these batches is of shape {(plan.rows, plan.width)}, got {state.shape}: it is of "
                              "batches of another size or of other phases")
-        for phase in plan.phases:  # in workers, what is missing would show as a broken pipe
-            for source, _ in phase.sources:
-                source.open()
+        # Opened here, once, for all workers.
+        documents = [mixture(phase, plan.seed, index) for index, phase in enumerate(plan.phases)]
         self.count = len(rows)
         if workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain's processes read their settings there, and not every program is absl's
             workers = min(workers, len(rows))
             options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=max(ahead, 1))
-            self.parts = [iter(_Rows(plan, rows[worker::workers], state, step).mp_prefetch(options))
+            self.parts = [iter(_Rows(plan, documents, rows[worker::workers], state, step).mp_prefetch(options))
                           for worker in range(workers)]
         else:
-            made = _Rows(plan, rows, state, step)
+            made = _Rows(plan, documents, rows, state, step)
             self.parts = [iter(grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=ahead)
                                if ahead else made)]
         self.close = weakref.finalize(self, _close, self.parts)
 
     def __next__(self) -> Batch:
-        if len(self.parts) == 1:
-            return next(self.parts[0])
+        """
+        Raises:
+          ValueError: when closed, as after anything that was raised here: some rows would be further than others.
+        """
+        if not self.parts:
+            raise ValueError("these batches are closed")
+        try:
+            made = [next(part) for part in self.parts]
+        except BaseException:
+            self.close()
+            raise
+        if len(made) == 1:
+            return made[0]
         batch: dict[str, np.ndarray] = {}
-        for place, part in enumerate([next(part) for part in self.parts]):
+        for place, part in enumerate(made):
             for name, value in part.items():
                 batch.setdefault(name, np.zeros((self.count, *value.shape[1:]), value.dtype))[place::len(self.parts)] = value
         return batch

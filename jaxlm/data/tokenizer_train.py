@@ -5,7 +5,7 @@ import hashlib
 import json
 import pathlib
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -31,32 +31,37 @@ def train(documents: Iterable[str], vocabulary: int, special: Sequence[str] = (E
     special = list(special)
     if not special or len(set(special)) < len(special):
         raise ValueError(f"special tokens are different, and at least one, which ends documents; got {special}")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if not all(special) or set(special) & set(alphabet):
+        raise ValueError(f"special tokens are no bytes and not empty, got {special}")
     if vocabulary < BYTES + len(special):
         raise ValueError(f"a vocabulary of {vocabulary} has no room for {BYTES} bytes and {len(special)} special tokens")
     found = tokenizers.Tokenizer(models.BPE())
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     found.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+                                  initial_alphabet=alphabet)
     found.train_from_iterator(documents, trainer)
     return found
 
 
 def save(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path, end: str = END, length: int | None = None) -> None:
     """tokenizer.json and tokenizer_config.json, both or neither, in a directory that need not exist."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(dir=directory.parent))
-    tokenizer.save(str(partial / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
-    if length is not None:
-        config["model_max_length"] = length
-    (partial / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    partial = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}")
+    partial.mkdir(parents=True)
     try:
-        partial.replace(directory)
-    except OSError:  # something is there
-        for file in partial.iterdir():
-            file.replace(directory / file.name)
-        shutil.rmtree(partial)
+        tokenizer.save(str(partial / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
+        if length is not None:
+            config["model_max_length"] = length
+        (partial / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        try:
+            partial.replace(directory)
+        except OSError:  # something is there
+            for name in ("tokenizer.json", "tokenizer_config.json"):  # in this order: who sees the second finds the first
+                (partial / name).replace(directory / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)

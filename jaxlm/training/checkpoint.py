@@ -5,8 +5,11 @@ What is read back takes the shardings of the machine at hand, whatever those wer
 """
 
 import dataclasses
+import logging
+import math
 import pathlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 METRIC = "bits_per_byte"  # of an evaluation, the lower the better
+ITEMS = ("state", "rows", "about")
 
 
 class CheckpointError(ValueError):
@@ -50,6 +54,45 @@ def _is_key(leaf: Any) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def _kind(key: Any) -> Any:
+    """How a key makes numbers; of a shape as well, which `jax.random.key_impl` does not take by itself."""
+    found = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), key)
+    return found[0]
+
+
+class _Whole(ocp.path.step.NameFormat):
+    """Directories named by their step; those that lack a part (half a copy) are as good as not there."""
+
+    def __init__(self) -> None:
+        self.plain = ocp.path.step.standard_name_format()
+
+    def build_name(self, step: int) -> str:
+        return self.plain.build_name(step)
+
+    def find_all(self, base_path: Any) -> Iterator[Any]:
+        return (found for found in self.plain.find_all(base_path) if _whole(found.path))
+
+    def find_step(self, base_path: Any, step: int) -> Any:
+        found = self.plain.find_step(base_path, step)
+        if not _whole(found.path):
+            raise ValueError(f"{found.path} lacks a part")
+        return found
+
+
+def _whole(directory: Any) -> bool:
+    return all((directory / item).is_dir() and any((directory / item).iterdir()) for item in ITEMS)
+
+
+def _unsaid(record: logging.LogRecord) -> bool:
+    """Keeps away what orbax logs: its errors are raised here as well, its warnings are about choices made here."""
+    return "orbax" not in record.pathname
+
+
+def _badness(metrics: Mapping[str, float]) -> float:
+    return metrics[METRIC] if math.isfinite(metrics[METRIC]) else math.inf
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -69,35 +112,45 @@ class Checkpoints:
           best: how many of those with the lowest `METRIC` are kept beside them.
         """
         self.directory, self.about = pathlib.Path(directory).absolute(), dict(about)
+        logging.getLogger("absl").addFilter(_unsaid)
+        self.names = _Whole()
         managers = ocp.checkpoint_managers
         keep: list[managers.PreservationPolicy] = [managers.LatestN(max(last, 1))]
         if best:
-            keep.append(managers.BestN(get_metric_fn=lambda metrics: metrics[METRIC], reverse=True, n=best,
-                                       keep_checkpoints_without_metrics=False))
-        options = ocp.CheckpointManagerOptions(preservation_policy=managers.AnyPreservationPolicy(keep),
-                                               cleanup_tmp_directories=True)
+            keep.append(managers.BestN(get_metric_fn=_badness, reverse=True, n=best, keep_checkpoints_without_metrics=False))
+        # Without best_fn orbax writes no metrics, and a run that goes on would not know the best any more.
+        options = ocp.CheckpointManagerOptions(preservation_policy=managers.AnyPreservationPolicy(keep), best_fn=_badness,
+                                               best_mode="min", cleanup_tmp_directories=True, step_name_format=self.names)
         try:
-            self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "rows", "about"))
-        except OSError as error:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
+        except (OSError, ValueError) as error:  # ValueError: metrics that are no JSON
             raise CheckpointError(f"checkpoints cannot be kept in {self.directory}: {error}") from error
 
     @property
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step."""
+        """The newest whole checkpoint's step; waits for one that is being written.
+
+        Raises:
+          CheckpointError: as `save`.
+        """
+        self.wait()
         return self.manager.latest_step()
 
     def save(self, step: int, state: PyTree, rows: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Begins to write a checkpoint; training may go on, and may donate the state.
 
         Args:
-          metrics: of an evaluation at this step, for choosing what to keep.
+          metrics: of an evaluation at this step, for choosing what to keep; without `METRIC` they are of no use for that.
 
         Raises:
-          CheckpointError: when an earlier one could not be written; that one is not there, those before it are.
+          CheckpointError: when this one or the one before it could not be written; what was whole still is.
         """
+        self.wait()
         items = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), rows=ocp.args.StandardSave({"rows": rows}),
                                    about=ocp.args.JsonSave(self.about))
-        self._guard(lambda: self.manager.save(step, args=items, metrics=None if metrics is None else dict(metrics), force=True))
+        chosen = {METRIC: float(metrics[METRIC])} if metrics is not None and METRIC in metrics else None
+        self._guard(lambda: self.manager.save(step, args=items, metrics=chosen, force=True))
 
     def wait(self) -> None:
         """Until what was begun is written.
@@ -107,15 +160,17 @@ class Checkpoints:
         """
         self._guard(self.manager.wait_until_finished)
 
-    def _guard(self, what: Any) -> None:
+    def _guard(self, write: Callable[[], object]) -> None:
         try:
-            self.manager.check_for_errors()
-            what()
+            write()
         except Exception as error:  # orbax passes on whatever its threads and the storage below raise
-            left = self.manager.latest_step()
-            kept = "there is none before it" if left is None else f"that of step {left} is whole"
-            raise CheckpointError(f"a checkpoint could not be written to {self.directory} ({_first_line(error)}): "
-                                  f"{kept}") from error
+            raise CheckpointError(f"a checkpoint could not be written to {self.directory} ({_reason(error)}): "
+                                  f"there are {self._steps()}") from error
+
+    def _steps(self) -> str:
+        """Those on disk, in words."""
+        found = sorted(one.step for one in self.names.find_all(self.directory))
+        return f"whole ones of step {', '.join(map(str, found))}" if found else "no whole ones"
 
     def restore(self, state: PyTree, rows: Any, step: int | None = None) -> Restored:
         """A checkpoint in the shapes, dtypes and shardings of the given ones.
@@ -128,27 +183,36 @@ class Checkpoints:
           CheckpointError: for none, one of another model, optimizer or batch (names the first difference), one that cannot be
             read.
         """
-        found = self.manager.all_steps()
         step = self.latest if step is None else step
-        if step not in found:
+        if step not in self.manager.all_steps():
             raise CheckpointError(f"there is no checkpoint {'' if step is None else f'of step {step} '}in {self.directory}; "
-                                  f"there are {', '.join(map(str, sorted(found))) or 'none'}")
-        about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+                                  f"there are {self._steps()}")
+        about = self._read(step, about=ocp.args.JsonRestore()).about
         other = difference(about, self.about)
         if other is not None:
             raise CheckpointError(f"the checkpoint of step {step} in {self.directory} is of another run: {other}")
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(_plain(state)), rows=ocp.args.StandardRestore({"rows": rows}))
-        try:
-            read = self.manager.restore(step, args=items)
-        except Exception as error:
-            raise CheckpointError(f"the checkpoint of step {step} in {self.directory} cannot be read: "
-                                  f"{_first_line(error)}") from error
-        whole = jax.tree.map(lambda like, leaf: jax.random.wrap_key_data(leaf) if _is_key(like) else leaf, state, read.state)
+        read = self._read(step, state=ocp.args.StandardRestore(_plain(state)), rows=ocp.args.StandardRestore({"rows": rows}))
+        whole = jax.tree.map(lambda like, leaf: jax.random.wrap_key_data(leaf, impl=_kind(like)) if _is_key(like) else leaf,
+                             state, read.state)
         return Restored(step, whole, read.rows["rows"])
 
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise CheckpointError(f"the checkpoint of step {step} in {self.directory} cannot be read ({_reason(error)}): "
+                                  f"remove its folder to go on from another; there are {self._steps()}") from error
+
     def close(self) -> None:
-        """Waits and lets go."""
-        self.manager.close()
+        """Waits and lets go.
+
+        Raises:
+          CheckpointError: as `save`.
+        """
+        try:
+            self.wait()
+        finally:
+            self.manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -157,9 +221,13 @@ class Checkpoints:
         self.close()
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """What went wrong at the bottom, without the dumps of settings that tensorstore adds."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = " ".join(re.split(r" \[\w+(?:\[\d+\])?=|\. See full", str(error).strip(), maxsplit=1)[0].splitlines()[:2])
+    # What was attempted comes first, why it did not work last.
+    return (line if len(line) <= 400 else f"{line[:100]} ... {line[-290:]}") or type(error).__name__
 
 
 def difference(found: Any, wanted: Any, where: str = "") -> str | None:

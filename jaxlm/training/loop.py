@@ -18,12 +18,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxlm.training.checkpoint import Checkpoints
+from jaxlm.training.checkpoint import CheckpointError, Checkpoints
 from jaxlm.training.report import Report
 from jaxlm.training.step import Metrics, State
 
 AHEAD = 2  # steps that may be under way when another one's numbers are read
 WINDOW = 20  # steps over which tokens per second are averaged
+END = "the end of the batches"
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -51,7 +52,8 @@ class Settings:
     profiled: tuple[int, int] = (5, 3)
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or min(self.checkpoint_every or 1, self.evaluate_every or 1) < 1 or self.skip < 0:
+        every = [number for number in (self.checkpoint_every, self.evaluate_every) if number is not None]
+        if min([self.steps, *every]) < 1 or self.skip < 0:
             raise ValueError(f"steps and what comes every so many are at least 1, skip at least 0, got {self}")
 
 
@@ -79,7 +81,7 @@ class Fitted:
     Attributes:
       state: the last.
       step: updates made, those of earlier runs included.
-      stopped: the signal that ended it early, or None.
+      stopped: what ended it early: a signal's name, `END`, or None.
       evaluation: the last one's results, or None.
     """
 
@@ -115,7 +117,7 @@ class _Signals:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that Python did not set
 
     def stop(self, step: int) -> bool:
         """Whether to stop before this step."""
@@ -124,29 +126,29 @@ class _Signals:
         return self.asked is not None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Flight:
     """A step under way."""
 
     step: int
     metrics: Metrics
-    documents: str
-    padding: float
+    rate: Any
+    batch: Mapping[str, np.ndarray]
 
 
 def fit(advance: Callable[[State, PyTree], tuple[State, Metrics]], state: State, batches: Iterator[Mapping[str, np.ndarray]], *,
         place: Callable[[Mapping[str, np.ndarray]], PyTree], settings: Settings, report: Report,
         checkpoints: Checkpoints | None = None, evaluate: Callable[[PyTree], Mapping[str, float]] | None = None,
-        rate: Callable[[int], Any] | None = None, flops_per_token: float | None = None, peak: float | None = None,
+        rate: Callable[[Any], Any] | None = None, flops_per_token: float | None = None, peak: float | None = None,
         start: int = 0) -> Fitted:
-    """Trains until all steps are done or somebody asks for an end.
+    """Trains until all steps are done, somebody asks for an end, or there are no more batches.
 
     Args:
       advance: compiled by `jax.jit`: the step, which may consume the state.
       batches: of this process's rows, see `jaxlm.data.stream.Batches`.
       place: puts them on the devices; their "state" is what checkpoints keep of them.
       evaluate: of the weights: "loss" and, to choose checkpoints by, "bits_per_byte".
-      rate: the learning rate of a step, for the record.
+      rate: the learning rate of a step, for the record; traceable.
       flops_per_token: of the whole step, and `peak`: what all chips could do in a second.
       start: steps done before.
 
@@ -154,102 +156,151 @@ def fit(advance: Callable[[State, PyTree], tuple[State, Metrics]], state: State,
       NonFiniteLoss: names the step, the documents and the last checkpoint.
       CheckpointError: when one could not be written.
     """
-    began, signals, spent = time.perf_counter(), _Signals(), Time()
-    flights: collections.deque[_Flight] = collections.deque()
-    clock = collections.deque([(time.perf_counter(), 0.0)], maxlen=WINDOW)
-    seen, skipped, saved, evaluated, found = 0.0, 0, start, start, None
-    compiled, rows, step = None, None, start
+    return _Loop(advance, state, batches, place, settings, report, checkpoints, evaluate, rate, flops_per_token, peak,
+                 start).run()
 
-    def settle(most: int) -> None:
+
+class _Loop:
+    """`fit` under way."""
+
+    def __init__(self, advance: Any, state: State, batches: Iterator[Mapping[str, np.ndarray]], place: Any, settings: Settings,
+                 report: Report, checkpoints: Checkpoints | None, evaluate: Any, rate: Any, flops_per_token: float | None,
+                 peak: float | None, start: int) -> None:
+        self.advance, self.state, self.batches, self.place = advance, state, batches, place
+        self.settings, self.report, self.checkpoints, self.evaluate = settings, report, checkpoints, evaluate
+        # On the device like the step, and read with it: computed here and now, it would wait for all that is under way.
+        self.rate = None if rate is None else jax.jit(rate)
+        self.flops_per_token, self.peak = flops_per_token, peak
+        self.start = self.step = self.saved = self.evaluated = start
+        self.found: Mapping[str, float] | None = None
+        self.compiled: Any = None
+        self.rows: Any = None  # what checkpoints keep of the batches
+        self.flights: collections.deque[_Flight] = collections.deque()
+        self.skipped, self.seen = 0, 0.0  # steps in a row; tokens
+        self.spent = Time()
+        self.clock: collections.deque[tuple[float, float]] = collections.deque(maxlen=WINDOW + 1)
+        self.trace = contextlib.ExitStack()
+
+    def run(self) -> Fitted:
+        began, signals, stopped = time.perf_counter(), _Signals(), None
+        with signals.heard(), self.trace:
+            try:
+                while self.step < self.settings.steps and not signals.stop(self.step):
+                    if not self._step():
+                        stopped = END
+                        break
+                    if _every(self.settings.evaluate_every, self.step):
+                        self._evaluate()
+                    if _every(self.settings.checkpoint_every, self.step):
+                        self._save()
+                self._settle(0)
+                if signals.asked is None:
+                    self._evaluate()
+                self._save()
+                if self.checkpoints is not None:
+                    with self._aside("checkpoint"):
+                        self.checkpoints.wait()
+            except Exception:
+                with contextlib.suppress(Exception):  # what was done is told, and the first thing that went wrong
+                    self._settle(0)
+                raise
+        self.spent.whole = time.perf_counter() - began
+        stopped = stopped or signals.asked
+        return Fitted(self.state, self.step, stopped if self.step < self.settings.steps else None, self.found, self.spent)
+
+    def _step(self) -> bool:
+        """Puts a step under way; False when there is no batch for it."""
+        if self.settings.profile is not None and self.step - self.start == self.settings.profiled[0]:
+            self.trace.enter_context(jax.profiler.trace(str(self.settings.profile)))
+        then = time.perf_counter()
+        host = next(self.batches, None)
+        if host is None:
+            return False
+        if not self.flights or self.flights[-1].metrics.loss.is_ready():
+            self.spent.input += time.perf_counter() - then  # the devices had nothing to do meanwhile
+        batch = dict(self.place(host))
+        rows = batch.pop("state")
+        if self.compiled is None:
+            then = time.perf_counter()
+            self.compiled = self.advance.lower(self.state, batch).compile()
+            self.spent.compile = time.perf_counter() - then
+            self._restart_clock()
+        self.state, metrics = self.compiled(self.state, batch)
+        rate = None if self.rate is None else self.rate(np.int32(self.step))
+        self.step, self.rows = self.step + 1, rows
+        self.flights.append(_Flight(self.step, metrics, rate, host))
+        self._settle(AHEAD)
+        if self.settings.profile is not None and self.step - self.start == sum(self.settings.profiled):
+            self._settle(0)
+            self.trace.close()
+        return True
+
+    def _settle(self, most: int) -> None:
         """Reads what steps told, until no more than `most` are under way."""
-        nonlocal seen, skipped
-        while len(flights) > most:
-            flight = flights.popleft()
-            metrics = jax.device_get(flight.metrics)
-            skipped = 0 if metrics.finite else skipped + 1
-            if skipped > settings.skip:
-                last = None if checkpoints is None else checkpoints.latest
-                where = "there is no checkpoint" if last is None else f"the last checkpoint is of step {last}"
+        while len(self.flights) > most:
+            flight = self.flights.popleft()
+            metrics, rate = jax.device_get((flight.metrics, flight.rate))
+            self.skipped = 0 if metrics.finite else self.skipped + 1
+            if self.skipped > self.settings.skip:
+                self.flights.clear()  # they went on from what is no number
                 raise NonFiniteLoss(f"step {flight.step}: loss {float(metrics.loss)}, gradient norm "
-                                    f"{float(metrics.gradient_norm)} ({flight.documents}); {where}")
-            seen += float(metrics.weight)
-            then, before = clock[0]
-            clock.append((time.perf_counter(), seen))
-            speed = (seen - before) / max(clock[-1][0] - then, 1e-9)
+                                    f"{float(metrics.gradient_norm)} ({_documents(flight.batch['state'])}); {self._last()}")
+            self.seen += float(metrics.weight)
+            then, before = self.clock[0]
+            self.clock.append((time.perf_counter(), self.seen))
+            speed = (self.seen - before) / max(self.clock[-1][0] - then, 1e-9)
             record = {"step": flight.step, "loss": float(metrics.loss), "gradient_norm": float(metrics.gradient_norm),
-                      "tokens": float(metrics.weight), "tokens_per_s": speed, "padding": flight.padding}
+                      "tokens": float(metrics.weight), "tokens_per_s": speed,
+                      "padding": float(np.mean(flight.batch["segments"] == 0))}
             record |= {name: float(value) for name, value in metrics.aux.items()}
             if rate is not None:
-                record["learning_rate"] = float(rate(flight.step - 1))
-            if flops_per_token and peak:
-                record["mfu"] = speed * flops_per_token / peak
+                record["learning_rate"] = float(rate)
+            if self.flops_per_token and self.peak:
+                record["mfu"] = speed * self.flops_per_token / self.peak
             if not metrics.finite:
                 record["skipped"] = True
-            report.step(record)
+            self.report.step(record)
 
-    def measure() -> Mapping[str, float] | None:
-        nonlocal evaluated
-        if evaluate is None or evaluated == step:
-            return found
-        settle(0)
-        then = time.perf_counter()
-        results = evaluate(state.params if state.average is None else state.average)
-        report.evaluation({"step": step, **results})
-        spent.evaluation += time.perf_counter() - then
-        evaluated = step
-        clock.clear()
-        clock.append((time.perf_counter(), seen))
-        return results
+    def _last(self) -> str:
+        """Where to go on from, in words."""
+        try:
+            last = None if self.checkpoints is None else self.checkpoints.latest
+        except CheckpointError as error:
+            return str(error)
+        return "there is no checkpoint" if last is None else f"the last checkpoint is of step {last}"
 
-    def save() -> None:
-        nonlocal saved
-        if checkpoints is None or saved == step:
+    def _evaluate(self) -> None:
+        if self.evaluate is None or self.evaluated == self.step:
             return
-        settle(0)
-        then = time.perf_counter()
-        checkpoints.save(step, state, rows, found if evaluated == step else None)
-        spent.checkpoint += time.perf_counter() - then
-        saved = step
+        with self._aside("evaluation"):
+            self.found = self.evaluate(self.state.params if self.state.average is None else self.state.average)
+            self.report.evaluation({"step": self.step, **self.found})
+        self.evaluated = self.step
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(signals.heard())
-        trace = contextlib.ExitStack()
-        stack.callback(trace.close)
-        while step < settings.steps and not signals.stop(step):
-            if settings.profile is not None and step - start == settings.profiled[0]:
-                trace.enter_context(jax.profiler.trace(str(settings.profile)))
-            then = time.perf_counter()
-            host = next(batches)
-            if not flights or flights[-1].metrics.loss.is_ready():
-                spent.input += time.perf_counter() - then  # the devices had nothing to do meanwhile
-            batch = dict(place(host))
-            rows = batch.pop("state")
-            if compiled is None:
-                then = time.perf_counter()
-                compiled = advance.lower(state, batch).compile()
-                spent.compile = time.perf_counter() - then
-                clock[0] = (time.perf_counter(), 0.0)
-            state, metrics = compiled(state, batch)
-            step += 1
-            flights.append(_Flight(step, metrics, _documents(host["state"]), float(np.mean(host["segments"] == 0))))
-            settle(AHEAD)
-            if settings.profile is not None and step - start == sum(settings.profiled):
-                settle(0)
-                trace.close()
-            if settings.evaluate_every and step % settings.evaluate_every == 0:
-                found = measure()
-            if settings.checkpoint_every and step % settings.checkpoint_every == 0:
-                save()
-        settle(0)
-        if signals.asked is None:
-            found = measure()
-        save()
-        if checkpoints is not None:
-            then = time.perf_counter()
-            checkpoints.wait()
-            spent.checkpoint += time.perf_counter() - then
-    spent.whole = time.perf_counter() - began
-    return Fitted(state, step, signals.asked if step < settings.steps else None, found, spent)
+    def _save(self) -> None:
+        if self.checkpoints is None or self.saved == self.step:
+            return
+        with self._aside("checkpoint"):
+            self.checkpoints.save(self.step, self.state, self.rows, self.found if self.evaluated == self.step else None)
+        self.saved = self.step
+
+    @contextlib.contextmanager
+    def _aside(self, what: str) -> Iterator[None]:
+        """For what the steps wait for; counts its time."""
+        self._settle(0)
+        then = time.perf_counter()
+        yield
+        setattr(self.spent, what, getattr(self.spent, what) + time.perf_counter() - then)
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        """Tokens per second are those of steps from now on."""
+        self.clock.clear()
+        self.clock.append((time.perf_counter(), self.seen))
+
+
+def _every(steps: int | None, step: int) -> bool:
+    return steps is not None and step % steps == 0
 
 
 def _documents(rows: np.ndarray) -> str:

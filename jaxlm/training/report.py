@@ -3,7 +3,9 @@
 Only the first process writes.
 """
 
+import contextlib
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -39,17 +41,17 @@ class Metrics:
             path = directory / f"{name}.jsonl"
             before = [line for line in _lines(path) if line["step"] <= start]
             partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in before), encoding="utf-8")
+            partial.write_text("".join(map(_line, before)), encoding="utf-8")
             partial.replace(path)
             self.files[name] = path.open("a", encoding="utf-8")
         self.board = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None)
+            self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
-        self.files[name].write(json.dumps(record) + "\n")
+        self.files[name].write(_line(record))
         self.files[name].flush()
         if self.board is not None:
             for key, value in record.items():
@@ -70,6 +72,12 @@ class Metrics:
             file.close()
         if self.board is not None:
             self.board.close()
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """JSON, which has no word for numbers that are not finite: they become null."""
+    return json.dumps({name: None if isinstance(value, float) and not math.isfinite(value) else value
+                       for name, value in record.items()}) + "\n"
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -129,9 +137,10 @@ class Both:
             report.evaluation(record)
 
     def close(self) -> None:
-        """All."""
-        for report in self.reports:
-            report.close()
+        """All, also when one cannot be closed."""
+        with contextlib.ExitStack() as stack:
+            for report in reversed(self.reports):
+                stack.callback(report.close)
 
 
 def draw(directory: pathlib.Path) -> pathlib.Path | None:
@@ -143,13 +152,16 @@ def draw(directory: pathlib.Path) -> pathlib.Path | None:
 
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], color="0.7", label="training, nats per token")
+    axes.plot(*_curve(steps), color="0.7", label="training, nats per token")
     if found:
-        axes.plot([line["step"] for line in found], [line["loss"] for line in found], "o-", color="C0", markersize=3,
-                  label="held out, nats per token")
+        axes.plot(*_curve(found), "o-", color="C0", markersize=3, label="held out, nats per token")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend()
     path = directory / "loss.png"
     figure.savefig(path, dpi=150)
     return path
+
+
+def _curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    return [line["step"] for line in lines], [math.nan if line["loss"] is None else line["loss"] for line in lines]

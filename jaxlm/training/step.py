@@ -126,7 +126,8 @@ def advance(loss: LossFunction, transform: optax.GradientTransformation, state: 
     if (state.average is None) != (keep is None):
         raise ValueError("keep is for a state with an average of the weights, and needed by it: see begin(average=True)")
     gradient, metrics = gradients(loss, state.params, batch, jax.random.fold_in(state.key, state.step), pieces)
-    updates, moments = transform.update(gradient, state.moments, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a Python float to an int32 array
+        updates, moments = transform.update(gradient, state.moments, state.params)
     params = optax.apply_updates(state.params, updates)
     average = state.average
     if keep is not None:

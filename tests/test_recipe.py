@@ -1,0 +1,204 @@
+"""A recipe on any mesh: the same batches, the same losses, a state that lies as its weights do."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import config, objectives, params, sharding
+from jaxlm.data.source import JsonLines
+from jaxlm.data.stream import Batches, Phase
+from jaxlm.data.tokenizer_train import save, train
+from jaxlm.objectives import AsText, CausalLM, FillInTheMiddle, MaskedLM, PrefixLM, SpanCorruption
+from jaxlm.recipe import Recipe, Run
+from jaxlm.training.optimizer import Adafactor, AdamW, Lion, Muon, Optimizer
+from jaxlm.training.schedule import Constant, Cosine
+from tests import tiny
+
+VOCABULARY, SPECIAL = 300, ("<end>", "<prefix>", "<suffix>", "<middle>", *(f"<{i}>" for i in range(12)))
+MODEL = tiny.decoder([tiny.block()] * 2, embedding=config.Embedding(VOCABULARY + 20), length=64)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a tokenizer and documents of a language that can be learned: words that count up."""
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    documents = []
+    for _ in range(120):
+        start, length = random.integers(0, 90), random.integers(5, 40)
+        documents.append(" ".join(f"{number} apples" for number in range(start, start + length)))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    save(train(documents, VOCABULARY, SPECIAL), folder / "tokenizer", SPECIAL[0])
+    return folder
+
+
+def recipe(files, **fields):
+    source = JsonLines(str(files / "text.jsonl"))
+    given = {"model": MODEL, "tokenizer": str(files / "tokenizer"), "phases": (Phase(((source, 1.0),)),),
+             "held_out": Phase(((source, 1.0),)), "objective": CausalLM(),
+             "optimizer": Optimizer(AdamW(), Cosine(1e-2, 3, 20)), "rows": 8, "length": 32, "steps": 20,
+             "evaluation_batches": 2}
+    return Recipe(**(given | fields))
+
+
+def losses(run, steps=20, state=None, rows=None, start=0):
+    """The losses of some steps, the last state and what the batches keep."""
+    state = run.begin() if state is None else state
+    step, found = None, []
+    with jax.set_mesh(run.mesh), run.batches(rows, start) as batches:
+        for _ in range(steps):
+            batch = run.place(next(batches))
+            rows = batch.pop("state")
+            # Compiled without optimisation: in half the time, for few and small steps.
+            step = step or run.step().lower(state, batch).compile(compiler_options={"xla_backend_optimization_level": 0})
+            state, metrics = step(state, batch)
+            found.append(float(metrics.loss))
+    return np.array(found), state, rows
+
+
+@pytest.fixture(scope="module")
+def alone(files):
+    return losses(Run(recipe(files, mesh=()), jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"fsdp": 8}, {"model": 2}, {"fsdp": 2, "model": 2}], ids=str)
+def test_every_mesh_gives_the_losses_of_one_device(files, alone, mesh):
+    run = Run(recipe(files, mesh=tuple(mesh.items())), jax.devices()[:math.prod(mesh.values())])
+    found, state, _ = losses(run)
+    assert alone[0][-1] < 0.7 * alone[0][0]  # something was learned, so there was something to get wrong
+    np.testing.assert_allclose(found, alone[0], rtol=1e-5)
+    shapes = params.paths(run.spec)
+    spread = sharding.shardings(run.spec, run.mesh)
+    for name, moments in params.paths(state.moments).items():
+        ours = [path for path in shapes if name.endswith(path)]
+        if ours and moments.shape == shapes[ours[0]].shape:
+            assert moments.sharding.is_equivalent_to(params.paths(spread)[ours[0]], moments.ndim), name
+    if "fsdp" in mesh:
+        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+        mine = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params))
+        assert mine < 1.2 * whole / mesh["fsdp"] / mesh.get("model", 1) + 20_000
+
+
+def test_accumulation_over_pieces_changes_nothing(files, alone):
+    found, *_ = losses(Run(recipe(files, mesh=(), pieces=4), jax.devices()[:1]), 6)
+    np.testing.assert_allclose(found, alone[0][:6], rtol=1e-5)
+
+
+def test_a_run_goes_on_where_it_was(files, alone):
+    run = Run(recipe(files, mesh=()), jax.devices()[:1])
+    first, state, rows = losses(run, 9)
+    again, state, rows = losses(run, 11, state, rows, 9)
+    assert [*first, *again] == alone[0].tolist()
+    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.asarray, one.params) for one in (state, alone[1])))
+
+
+@pytest.mark.parametrize("remat", ["full", "products"])
+def test_what_is_computed_again_changes_nothing(files, alone, remat):
+    found, *_ = losses(Run(recipe(files, mesh=(), remat=remat), jax.devices()[:1]), 4)
+    np.testing.assert_allclose(found, alone[0][:4], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Lion(), Adafactor(), Muon()], ids=lambda kind: type(kind).__name__)
+def test_optimizers_on_a_mesh(files, kind):
+    """Reduced and orthogonalised moments too."""
+    optimizer = Optimizer(kind, Constant(1e-3))
+    want, *_ = losses(Run(recipe(files, optimizer=optimizer, mesh=()), jax.devices()[:1]), 5)
+    found, *_ = losses(Run(recipe(files, optimizer=optimizer, mesh=(("fsdp", 2), ("model", 2))), jax.devices()[:4]), 5)
+    assert want[-1] < want[0]
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
+END, PREFIX, SUFFIX, MIDDLE, *SENTINELS = range(16)
+
+
+@pytest.mark.parametrize("objective", [
+    FillInTheMiddle(PREFIX, SUFFIX, MIDDLE), AsText(SpanCorruption(tuple(SENTINELS), mean=4.0)), AsText(PrefixLM()),
+    objectives.Schedule(((CausalLM(), 3), (AsText(PrefixLM()), None)))], ids=["infilling", "spans", "prefix", "schedule"])
+def test_objectives_are_learned(files, objective):
+    run = Run(recipe(files, objective=objective, mesh=()), jax.devices()[:1])
+    assert run.prefixes == (not isinstance(objective, FillInTheMiddle))
+    found, *_ = losses(run, 15)
+    assert np.all(np.isfinite(found)) and found[-1] < 0.8 * found[0]
+
+
+def test_an_encoder_learns_what_is_hidden(files):
+    encoder = tiny.decoder([tiny.block(causal=False)] * 2, embedding=config.Embedding(VOCABULARY + 20))
+    objective = MaskedLM(PREFIX, VOCABULARY, rate=0.3)
+    found, *_ = losses(Run(recipe(files, model=encoder, objective=objective, mesh=()), jax.devices()[:1]), 15)
+    assert found[-1] < 0.8 * found[0]
+
+
+def test_evaluation_is_the_same_whatever_is_being_learned(files):
+    run = Run(recipe(files, mesh=(("data", 2),)), jax.devices()[:2])
+    state = run.begin()
+    evaluate = run.evaluation()
+    with jax.set_mesh(run.mesh):
+        found = evaluate(state.params)
+        assert found == evaluate(state.params)
+    plan = dataclasses.replace(run.plan, phases=(run.recipe.held_out,), seed=1)
+    with Batches(plan, ahead=0) as batches:
+        batch = [next(batches) for _ in range(2)]
+    asked = np.concatenate([one["targets"][one["weights"] > 0] for one in batch])
+    size = sum(len(run.tokenizer.token_bytes()[token]) for token in asked)
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] * len(asked) / size / math.log(2), rel=1e-5)
+    assert found["loss"] == pytest.approx(math.log(VOCABULARY + 20), rel=0.1)
+
+
+def test_an_average_follows(files):
+    run = Run(recipe(files, mesh=(), average=0.9), jax.devices()[:1])
+    before = jax.tree.map(np.asarray, run.begin().params)
+    _, state, _ = losses(run, 1)
+    want = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, before, state.params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), state.average, want)
+
+
+def test_what_training_costs(files):
+    """Counted by hand: 6 FLOPs for each weight in a product and token, and for each pair of scores and values."""
+    run = Run(recipe(files, mesh=()), jax.devices()[:1])
+    layer = 16 * 32 + 2 * 16 * 16 + 32 * 16 + 3 * 16 * 24
+    assert run.flops_per_token == 6 * (2 * layer + (VOCABULARY + 20) * 16 + 2 * 2 * 32 * 32 / 2)
+
+
+@pytest.mark.parametrize(("fields", "says"), [
+    ({"rows": 12, "mesh": (("data", 8),)}, "12 rows does not divide over 8 devices .* multiple of 8"),
+    ({"rows": 16, "pieces": 4, "mesh": (("data", 8),)}, "over 8 devices .* and 4 pieces: it needs a multiple of 32"),
+    ({"mesh": (("data", 16),)}, "need 16 devices, there are 8"),
+    ({"mesh": (("planets", 2),)}, "no mesh axis is called planets"),
+    ({"tokenizer": "nowhere"}, "nowhere"),
+    ({"model": tiny.decoder([tiny.block()], embedding=config.Embedding(250))}, "300 tokens, the model a vocabulary of 250"),
+])
+def test_what_does_not_fit_together(files, fields, says):
+    with pytest.raises((ValueError, OSError), match=says):
+        Run(recipe(files, **fields))
+
+
+@pytest.mark.parametrize(("fields", "says"), [
+    ({"length": 65}, "65 tokens are longer than the model's context of 64"), ({"steps": 0}, "at least 1"),
+    ({"rows": 8, "pieces": 3}, "8 rows cannot be taken in 3 pieces"),
+    ({"remat": "some"}, "remat is one of none, full, products"),
+    ({"average": 1.0}, "between 0 and 1"), ({"objective": PrefixLM()}, r"AsText\(PrefixLM\(\.\.\.\)\)"),
+    ({"objective": MaskedLM(1, 300)}, r"Attention\(causal=False\)"),
+    ({"objective": CausalLM(), "model": tiny.decoder([tiny.block(causal=False)])}, "attention that sees it"),
+])
+def test_what_is_no_recipe(files, fields, says):
+    with pytest.raises(ValueError, match=says):
+        recipe(files, **fields)
+
+
+def test_the_step_stays_on_the_devices(files):
+    """No callbacks to the host, and the old state's memory is the new one's."""
+    run = Run(recipe(files, mesh=(("fsdp", 2),)), jax.devices()[:2])
+    with jax.set_mesh(run.mesh):
+        compiled = run.step().lower(run.abstract(), run.abstract_batch()).compile()
+    words = compiled.as_text()
+    assert "callback" not in words and "infeed" not in words
+    memory = compiled.memory_analysis()
+    state = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                for leaf in jax.tree.leaves(run.abstract()) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+    assert memory.alias_size_in_bytes >= state

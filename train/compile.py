@@ -1,0 +1,153 @@
+"""Compiles a configuration's step for TPUs on a machine that has none, and says what the compiler made of it.
+
+python -m train.compile configs/llama_1b.py --topology v5e:4x4
+python -m train.compile configs/llama3_8b.py --topology v5p:2x2x1 --search
+
+The real TPU compiler (libtpu) runs anywhere; nothing is executed, no weights and no data are read. What is printed are its
+facts: whether it fits, what the memory goes for, how many products a step takes beside those that the model needs, what it
+sends from chip to chip. They are no measurement of speed.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+from jaxtyping import PyTree
+from rich.table import Table
+
+from infer import compile as slices  # it says to jax that no accelerator of this machine is meant, and reads what compilers say
+from infer import hlo, session
+from jaxlm import params
+from jaxlm.recipe import Program, Recipe
+from train.__main__ import read, read_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Compiles a configuration's step for TPUs on a machine that has none."""
+
+    configuration: Annotated[str, tyro.conf.Positional]
+    """A file with a function config() that returns a jaxlm.recipe.Recipe."""
+    topology: str = "v5e:4x4"
+    """Chip and slice: v5e:4x4, v5p:2x2x1, v5p:8x8x4, v6e:16x16 ..."""
+    mesh: tuple[str, ...] = ()
+    """Like fsdp=-1 or fsdp=64 model=4; default the configuration's."""
+    rows: int | None = None
+    """Sequences of a batch, over all chips."""
+    length: int | None = None
+    """Tokens of a sequence."""
+    pieces: int | None = None
+    """Parts of a batch that are taken one after another."""
+    remat: Literal["none", "full", "products"] | None = None
+    """What the backward pass computes again."""
+    search: bool = False
+    """Look for the largest batch that fits, and with it the remat that computes least again."""
+    json: bool = False
+    """Print one JSON object on the last line of standard output, and the table for people on standard error."""
+
+
+def changed(recipe: Recipe, arguments: Arguments) -> Recipe:
+    """The recipe with what the command line says otherwise."""
+    names = ("rows", "length", "pieces", "remat")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.mesh:
+        given["mesh"] = read_mesh(arguments.mesh)
+    return dataclasses.replace(recipe, **given)
+
+
+def facts(recipe: Recipe, topology: str) -> dict[str, Any]:
+    """What the compiler says of the recipe's step on a slice; bytes, FLOPs and collectives are those of one chip."""
+    program = Program(recipe, slices.devices(topology))
+    with jax.set_mesh(program.mesh):
+        state, batch = program.abstract(), program.abstract_batch()
+        built = slices.build(program.step().lower(state, batch))
+    chips, tokens = program.mesh.size, recipe.rows * recipe.length
+    usable = slices.usable_bytes(program.mesh)
+    wanted = program.flops_per_token * tokens / chips
+    found = {
+        "topology": topology, "device": program.mesh.devices.flat[0].device_kind, "chips": chips,
+        "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
+        "parameters": params.count(program.spec), "rows": recipe.rows, "length": recipe.length, "pieces": recipe.pieces,
+        "remat": recipe.remat, "fits": built.compiled is not None, "needed_bytes": built.needed, "usable_bytes": usable,
+        "weight_bytes": _bytes(state.params), "moment_bytes": _bytes(state.moments), "batch_bytes": _bytes(batch),
+        "temporary_bytes": built.temporary, "model_flops": wanted, "host_callbacks": built.host_transfers,
+        "compile_s": built.seconds, "jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"),
+    }
+    if built.compiled is not None:
+        module = hlo.Module(built.text)
+        found |= {"flops": hlo.flops(module, module.entry), "collectives": hlo.collectives(module, module.entry)}
+        found["flops_ratio"] = found["flops"] / wanted
+    return found
+
+
+def _bytes(tree: PyTree) -> int:
+    """Bytes that abstract arrays take on each chip; keys of random numbers take next to none."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def search(recipe: Recipe, topology: str, console: Any) -> dict[str, Any]:
+    """The largest batch that fits with everything computed again, doubling from the least that the mesh allows, then the
+    remat that computes least again with that batch."""
+    mesh = Program(recipe, slices.devices(topology)).mesh if recipe.rows else None
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * recipe.pieces
+    best, rows = None, ways
+    while True:
+        tried = facts(dataclasses.replace(recipe, rows=rows, remat="full"), topology)
+        console.print(f"{rows} rows, remat full: {'fits' if tried['fits'] else 'does not fit'}, {_gib(tried['needed_bytes'])}")
+        if not tried["fits"]:
+            break
+        best, rows = tried, 2 * rows
+    if best is None:
+        return tried
+    for remat in ("none", "products"):  # in the order of what they save
+        tried = facts(dataclasses.replace(recipe, rows=best["rows"], remat=remat), topology)
+        console.print(f"{best['rows']} rows, remat {remat}: {'fits' if tried['fits'] else 'does not fit'}, "
+                      f"{_gib(tried['needed_bytes'])}")
+        if tried["fits"]:
+            return tried
+    return best
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def show(found: dict[str, Any], console: Any) -> None:
+    """The table."""
+    table = Table("", "per chip")
+    mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items()) or "one chip"
+    table.add_row("slice", f"{found['topology']}, {found['chips']} x {found['device']}; {mesh}")
+    table.add_row("batch", f"{found['rows']} rows of {found['length']} tokens over all chips, in {found['pieces']} piece(s)")
+    table.add_row("weights", f"{found['parameters']:,} in all; {_gib(found['weight_bytes'])}, moments "
+                             f"{_gib(found['moment_bytes'])}")
+    table.add_row("needed", f"{_gib(found['needed_bytes'])} of {_gib(found['usable_bytes'])}: "
+                            f"{'fits' if found['fits'] else 'DOES NOT FIT'}")
+    if found["fits"]:
+        table.add_row("temporary", _gib(found["temporary_bytes"]))
+        table.add_row("products", f"{found['flops']:.4g} FLOPs, {found['flops_ratio']:.3f} of the model's "
+                                  f"{found['model_flops']:.4g}; remat {found['remat']}")
+        for kind, sums in found["collectives"].items():
+            table.add_row(kind, f"{sums['count']} of {_gib(sums['bytes'])} in all")
+    table.add_row("host callbacks", str(found["host_callbacks"]))
+    table.add_row("compiler", f"libtpu {found['libtpu']}, jax {found['jax']}, {found['compile_s']:.0f} s")
+    console.print(table)
+
+
+def main(arguments: Arguments) -> dict[str, Any]:
+    """Compiles, or searches, and prints."""
+    recipe, console = changed(read(arguments.configuration), arguments), session.console(arguments.json)
+    if arguments.search:
+        found = search(recipe, arguments.topology, console)
+    else:
+        found = facts(recipe, arguments.topology)
+    show(found, console)
+    session.finish(found, arguments.json)
+    return found
+
+
+if __name__ == "__main__":
+    with session.errors():
+        main(tyro.cli(Arguments, description=__doc__))
