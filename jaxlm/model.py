@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxlm import config, stack
+from jaxlm import config, sharding, stack
 from jaxlm.cache import Cache
 from jaxlm.layers import embed, norm
 from jaxlm.layers.mask import describe
@@ -175,6 +175,7 @@ def forward(params: PyTree, cfg: config.Decoder, tokens: Int[Array, "B T"] | Non
     if dtype is None:
         dtype = params["embedding"]["tokens"].dtype
     x = embed.apply(params["embedding"], cfg.embedding, tokens, embeddings, known.positions, dtype)
+    x = sharding.constrain(x, sharding.ACTIVATIONS)
     x, kv, taps = stack.apply(params["blocks"], cfg.stack, x, known, None if cache is None else cache.layers,
                               hidden, remat)
     if cfg.norm is not None:

@@ -217,7 +217,12 @@ class Program:
                 if name in weights and leaf.shape == shapes[name].shape:
                     return weights[name]
             return alone
-        return jax.tree_util.tree_map_with_path(of, jax.eval_shape(self._begin, jax.random.key(0)))
+        return jax.tree_util.tree_map_with_path(of, self._shapes)
+
+    @functools.cached_property
+    def _shapes(self) -> State:
+        # The key too as a shape: a mesh of devices that are not here makes no arrays.
+        return jax.eval_shape(self._begin, jax.eval_shape(functools.partial(jax.random.key, 0)))
 
     def _begin(self, key: Key[Array, ""]) -> State:
         first, rest = jax.random.split(key)
@@ -225,8 +230,7 @@ class Program:
 
     def abstract(self) -> State:
         """The state's shapes, dtypes and shardings, for reading a checkpoint and for compiling without devices."""
-        shapes = jax.eval_shape(self._begin, jax.random.key(0))
-        return jax.tree.map(lambda leaf, over: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=over), shapes,
+        return jax.tree.map(lambda leaf, over: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=over), self._shapes,
                             self.shardings)
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:

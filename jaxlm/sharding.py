@@ -36,6 +36,10 @@ RULES: Rules = {
 }
 
 
+# Of vectors between layers. Said where they come to be: a compiler that may choose splits them as the weights are.
+ACTIVATIONS = ("batch", "length", None)
+
+
 def mesh(*, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
     """A mesh over the five axes data, fsdp, expert, sequence, model; an axis that is not named has size 1.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jaxlm import block, config
+from jaxlm import block, config, sharding
 from jaxlm.cache import KeyValue
 from jaxlm.layers.mask import Context
 
@@ -144,7 +144,8 @@ def _once(group: config.Group, trees: Sequence[Any], caches: Sequence[KeyValue] 
 
 
 def _block(cfg: config.Block, params: Any, x: Array, context: Context, cached: KeyValue | None) -> tuple[Array, KeyValue]:
-    return block.apply(params, cfg, x, context, cached)
+    x, kv = block.apply(params, cfg, x, context, cached)
+    return sharding.constrain(x, sharding.ACTIVATIONS), kv
 
 
 def _unrolled(group: config.Group, trees: Sequence[Any], caches: Sequence[KeyValue] | None, carry: Carry, context: Context,

@@ -4,6 +4,7 @@ The parts share one softmax and are never concatenated, so the mask of new token
 long the cache is. Long inputs are taken in runs of queries so that scores stay small.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -141,15 +142,15 @@ def apply(params: dict[str, Any], cfg: config.Attention, x: Float[Array, "B T D"
             return None if y is None else jnp.moveaxis(y.reshape(*y.shape[:axis], -1, QUERIES, *y.shape[axis + 1:]), axis, 0)
 
         outs = []
+        # Differentiated, the scores of several runs are made again one after another: all of them are never kept.
+        again = partial(run, seen=seen) if length <= QUERIES else jax.checkpoint(partial(run, seen=seen))
         if whole - start > QUERIES:
-            # Differentiated, the runs' scores are made again one by one, and never all of them are kept.
-            again = jax.checkpoint(lambda args: run(*args, seen))
-            runs = jax.lax.map(again, tuple(map(stacked, given, axes)))
+            runs = jax.lax.map(lambda args: again(*args), tuple(map(stacked, given, axes)))
             outs.append(jnp.moveaxis(runs, 0, 3).reshape(*q.shape[:3], whole - start, q.shape[4]))
         elif whole > start:
-            outs.append(run(*(part(y, axis, start, whole) for y, axis in zip(given, axes, strict=True)), seen))
+            outs.append(again(*(part(y, axis, start, whole) for y, axis in zip(given, axes, strict=True))))
         if whole < end:
-            outs.append(run(*(part(y, axis, whole, end) for y, axis in zip(given, axes, strict=True)), seen))
+            outs.append(again(*(part(y, axis, whole, end) for y, axis in zip(given, axes, strict=True))))
         return outs
 
     given, length = (q, context.positions, context.segments, context.prefix, context.mask), x.shape[1]

@@ -4,12 +4,14 @@ When it is differentiated, the gradients are taken piece by piece in the same pa
 vocabulary's size is kept for the backward pass but the head's gradient, and nothing is computed twice.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 Head = Callable[[PyTree, Float[Array, "B n D"]], Float[Array, "B n V"]]
@@ -44,17 +46,37 @@ def cross_entropy(head: Head, params: PyTree, x: Float[Array, "B T D"], targets:
     Reference: smoothing, Szegedy et al. 2016, section 7, https://arxiv.org/abs/1512.00567; z, Chowdhery et al. 2022, section 5,
     https://arxiv.org/abs/2204.02311
     """
+    one = partial(_rows, partial(_piece, head, smoothing, z), piece)
+    given = (params, x, targets, weights.astype(jnp.float32))
+    mesh = jax.sharding.get_abstract_mesh()
+    over = () if mesh.empty else tuple(axis for axis in ("data", "fsdp") if mesh.shape.get(axis, 1) > 1)
+    if over and targets.shape[0] % math.prod(mesh.shape[axis] for axis in over) == 0:
+        # Every device sums up the head's gradient over its own rows, and all are added once. Left to the compiler, they would
+        # be added once for every piece.
+        rows = PartitionSpec(over)
+
+        def mine(*given: Any) -> Any:
+            return jax.tree.map(lambda leaf: jax.lax.psum(leaf, over), one(*given))
+
+        total, aux = jax.shard_map(mine, mesh=mesh, in_specs=(PartitionSpec(), rows, rows, rows), out_specs=PartitionSpec(),
+                                   axis_names=set(over), check_vma=False)(*given)
+    else:
+        total, aux = one(*given)
+    return Loss(total, jnp.sum(weights, dtype=jnp.float32), aux)
+
+
+def _rows(piece: "Piece", size: int, params: PyTree, x: Float[Array, "B T D"], targets: Int[Array, "B T"],
+          weights: Float[Array, "B T"]) -> tuple[Array, dict[str, Array]]:
+    """The sums over some rows, taken in pieces of so many of each row's tokens."""
     batch, length = targets.shape
-    count = -(-length // piece)
+    count = -(-length // size)
     pad = count * -(-length // count) - length
 
     def pieces(y: Array) -> Array:
         y = jnp.pad(y, ((0, 0), (0, pad), *[(0, 0)] * (y.ndim - 2)))
         return jnp.moveaxis(y.reshape(batch, count, -1, *y.shape[2:]), 1, 0)
 
-    given = tuple(map(pieces, (x, targets, weights.astype(jnp.float32))))
-    total, aux = _sums(partial(_piece, head, smoothing, z), params, *given)
-    return Loss(total, jnp.sum(weights, dtype=jnp.float32), aux)
+    return _sums(piece, params, *map(pieces, (x, targets, weights)))
 
 
 Piece = Callable[[PyTree, Array, Array, Array], tuple[Array, dict[str, Array]]]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
@@ -56,6 +57,8 @@ def loss(params: PyTree, cfg: config.Decoder, batch: Mapping[str, Array], key: K
     part = {"head": tree["head"]} if "head" in tree else {}
     if cfg.head.tied:
         part["tokens"] = tree["embedding"]["tokens"]
+    # In the computation's dtype already when they are gathered from where they are split.
+    part = jax.tree.map(lambda weight: weight.astype(out.last.dtype), part)
     found = cross_entropy(head, part, out.last, batch["targets"], batch["weights"], piece=piece, smoothing=smoothing, z=z)
     if sizes is None:
         return found

@@ -1,0 +1,148 @@
+"""`python -m train` as users run it: killed, interrupted, resumed, by one process and by two."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+CONFIG = '''
+from jaxlm.config import Attention, Block, Decoder, Dense, Embedding, Head, PreNorm, RmsNorm, stack_of
+from jaxlm.data.source import JsonLines
+from jaxlm.data.stream import Phase
+from jaxlm.data.tokenizer_train import BytePairs
+from jaxlm.objectives import CausalLM
+from jaxlm.recipe import Recipe
+from jaxlm.training.optimizer import AdamW, Optimizer
+from jaxlm.training.schedule import Cosine
+
+def config():
+    text = JsonLines({path!r})
+    block = Block(Attention(4, 2, 8), Dense(64), PreNorm(RmsNorm()))
+    model = Decoder(32, Embedding(320), stack_of([block] * 2), RmsNorm(), Head(tied=True), length=64)
+    phase = Phase(((text, 1.0),))
+    return Recipe(model, BytePairs(text, 300), (phase,), CausalLM(), Optimizer(AdamW(), Cosine(1e-2, 3, 40)), rows=8, length=64,
+                  steps=24, held_out=phase, evaluation_batches=1, checkpoint_every=4, evaluate_every=12)
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A configuration and its data."""
+    found = tmp_path_factory.mktemp("training")
+    numbers = np.random.default_rng(0)
+    texts = [" ".join(f"{n} pears" for n in range(start, start + 30)) for start in numbers.integers(0, 99, 120)]
+    (found / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (found / "small.py").write_text(CONFIG.format(path=str(found / "text.jsonl")))
+    return found
+
+
+def start(folder, out, *arguments, devices=1):
+    """The program, with as many simulated devices."""
+    environment = os.environ | {"JAXLM_HOME": str(folder / "home"), "JAX_PLATFORMS": "cpu",
+                                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-m", "train", str(folder / "small.py"), "--out", str(folder / out), "--json", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    """What it printed as JSON, once it ended well."""
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return json.loads(out.splitlines()[-1]) if out.strip() else None
+
+
+def records(folder, out, name="metrics"):
+    path = folder / out / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def losses(folder, out):
+    found = records(folder, out)
+    assert [record["step"] for record in found] == list(range(1, len(found) + 1))
+    return [record["loss"] for record in found]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The losses of a run that nobody disturbs."""
+    result = finish(start(folder, "whole"))
+    assert result["step"] == 24 and result["stopped"] is None and 0 < result["goodput"] < 1
+    return losses(folder, "whole")
+
+
+def test_a_run(folder, whole):
+    assert len(whole) == 24 and whole[-1] < 0.5 * whole[0]
+    out = folder / "whole"
+    assert (out / "loss.png").stat().st_size > 5000 and (out / "config.json").exists() and any((out / "tensorboard").iterdir())
+    held_out = records(folder, "whole", "evaluations")
+    assert [record["step"] for record in held_out] == [12, 24] and held_out[1]["bits_per_byte"] < held_out[0]["bits_per_byte"]
+    assert sorted(int(path.name) for path in (out / "checkpoints").iterdir()) == [20, 24]
+
+
+def wait_for(folder, out, step, process):
+    """Until the record of a step is there, or the program ended."""
+    while len(records(folder, out)) < step and process.poll() is None:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_step_it_goes_on_as_if_nothing_had_been(folder, whole, times):
+    out, dice = f"killed{times}", random.Random(times)
+    for _ in range(times):
+        process = start(folder, out)
+        wait_for(folder, out, min(len(records(folder, out)) + dice.randint(1, 5), 22), process)
+        process.kill()
+        process.communicate()
+    finish(start(folder, out))
+    assert losses(folder, out) == whole
+
+
+def test_sigterm_saves_and_ends_well(folder, whole):
+    process = start(folder, "terminated", "--checkpoint-every", "1000")
+    wait_for(folder, "terminated", 5, process)
+    process.send_signal(signal.SIGTERM)
+    result = finish(process)
+    if result["stopped"] is not None:  # a step is short: it may have been through
+        assert result["stopped"] == "SIGTERM" and 5 <= result["step"] < 24
+    assert finish(start(folder, "terminated"))["step"] == 24
+    assert losses(folder, "terminated") == whole
+
+
+def test_two_processes_train_and_one_goes_on(folder, whole):
+    """Two processes of two devices each, then one of one: the same data in the same order, the same losses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    shared = ("--steps", "10", "--distributed.coordinator", address, "--distributed.processes", "2")
+    both = [start(folder, "both", *shared, "--distributed.index", str(index), devices=2) for index in range(2)]
+    for process in both:
+        finish(process)
+    np.testing.assert_allclose(losses(folder, "both"), whole[:10], rtol=1e-5)
+    result = finish(start(folder, "both"))
+    assert result["step"] == 24
+    np.testing.assert_allclose(losses(folder, "both"), whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (("--mesh", "data=3"), "mesh sizes"), (("--mesh", "data"), "axes with their sizes"), (("--rows", "0"), "at least 1"),
+    (("--length", "65"), "longer than the model's context of 64")])
+def test_bad_arguments(folder, arguments, says):
+    process = start(folder, "bad", *arguments)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "error: " in errors and says in errors and "Traceback" not in errors
+
+
+def test_a_checkpoint_of_another_configuration(folder, whole):
+    process = start(folder, "whole", "--rows", "16")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "its rows is 8, here it is 16" in errors and "Traceback" not in errors
