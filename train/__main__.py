@@ -133,6 +133,8 @@ def run(recipe: Recipe, out: pathlib.Path, arguments: Arguments, quiet: bool = F
             state, rows, start = found.state, found.rows, found.step
         reports: list[report.Report] = []
         if first:
+            if not (out / "tokenizer").exists():
+                job.tokenizer.save(out / "tokenizer")
             (out / "config.json").write_text(config.json.dumps(_resolved(recipe), indent=1) + "\n", encoding="utf-8")
             console.print(f"{count(job.spec):,} weights in {out}, {dict(job.mesh.shape)}"
                           + (f", from step {start}" if start else ""))

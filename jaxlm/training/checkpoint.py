@@ -221,6 +221,41 @@ class Checkpoints:
         self.close()
 
 
+def read_weights(directory: str | pathlib.Path, shapes: Callable[[Mapping[str, Any]], PyTree], *, step: int | None = None,
+                 average: bool = False) -> tuple[int, Mapping[str, Any], PyTree]:
+    """The weights alone of a checkpoint; a run that is writing others is not disturbed.
+
+    Args:
+      shapes: from what is known of the run (`about`) to `jax.ShapeDtypeStruct`s with shardings.
+      step: default the newest.
+      average: in place of the last weights, the average over the steps.
+
+    Returns:
+      The step, what is known of the run, the weights.
+
+    Raises:
+      CheckpointError: for none, one without an average, one that cannot be read.
+    """
+    names, base = _Whole(), pathlib.Path(directory).absolute()
+    found = {one.step: one.path for one in names.find_all(base)} if base.is_dir() else {}
+    step = max(found, default=None) if step is None else step
+    if step not in found:
+        raise CheckpointError(f"there is no checkpoint {'' if step is None else f'of step {step} '}in {base}; there are "
+                              f"{', '.join(map(str, sorted(found))) or 'none'}")
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        about = reader.restore(found[step], args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        if average and not about.get("average"):
+            raise CheckpointError(f"the run in {base} kept no average of the weights")
+        item = {"average" if average else "params": shapes(about)}
+        wanted = ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                                        partial_restore=True)
+        try:
+            read = reader.restore(found[step], args=ocp.args.Composite(state=wanted)).state
+        except Exception as error:
+            raise CheckpointError(f"the checkpoint of step {step} in {base} cannot be read ({_reason(error)})") from error
+    return step, about, next(iter(read.values()))
+
+
 def _reason(error: BaseException) -> str:
     """What went wrong at the bottom, without the dumps of settings that tensorstore adds."""
     while error.__cause__ is not None:
