@@ -49,6 +49,7 @@ from jaxlm.decoding.speculative import loop as speculation
 from jaxlm.decoding.speculative import tree as trees
 from jaxlm.decoding.speculative.drafters import Drafter
 from jaxlm.io import families
+from jaxlm.recipe import Recipe
 from jaxlm.weight import quantize
 
 
@@ -86,9 +87,10 @@ def read_config(path: pathlib.Path) -> config.Decoder:
     """
     if path.suffix == ".py" and path.is_file():
         make = runpy.run_path(str(path)).get("config")
-        cfg = make() if callable(make) else None
+        given = make() if callable(make) else None
+        cfg = given.model if isinstance(given, Recipe) else given
         if not isinstance(cfg, config.Decoder):
-            raise ValueError(f"{path} has no function config() that gives a jaxlm.config.Decoder")
+            raise ValueError(f"{path} has no function config() that gives a jaxlm.recipe.Recipe or a jaxlm.config.Decoder")
         return cfg
     file = path / "config.json" if path.is_dir() else path
     if file.suffix != ".json" or not file.is_file():
