@@ -169,7 +169,7 @@ class Module:
         return self._literal(outside, before.operands[index]) if unchanged else None
 
     def trips(self, computation: Computation, loop: Instruction) -> int | None:
-        """How often a `while` runs that counts by ones from one constant to another; None for any other."""
+        """How often a `while` runs that counts by equal steps from one constant to another; None for any other."""
         condition, body = self.computations[loop.attribute("condition")], self.computations[loop.attribute("body")]
         before, after = computation.instructions[loop.operands[0]], body.instructions[body.root]
         test = condition.instructions[condition.root]
@@ -180,10 +180,11 @@ class Module:
             return None
         index = int(counter.attribute("index"))
         step = body.instructions[after.operands[index]]
-        if step.opcode != "add" or 1 not in (self._literal(body, name) for name in step.operands):
+        by = [size for size in (self._literal(body, name) for name in step.operands) if size is not None]
+        if step.opcode != "add" or len(by) != 1 or by[0] < 1:
             return None
         start, stop = self._literal(computation, before.operands[index]), self._literal(condition, test.operands[1])
-        return None if start is None or stop is None else max(stop - start, 0)
+        return None if start is None or stop is None else max(-((start - stop) // by[0]), 0)
 
     def loop(self) -> Computation:
         """The body of the one loop in the entry whose length is not known beforehand: that over generated tokens.
@@ -315,13 +316,18 @@ def copies(module: Module, computation: Computation, sizes: set[int], lengths: L
 
 
 def collectives(module: Module, computation: Computation, lengths: Lengths = None) -> dict[str, dict[str, int]]:
-    """{kind: {"count", "bytes"}} in one run of a computation; bytes are those of the results on one chip."""
+    """{kind: {"count", "bytes"}} in one run of a computation; bytes are those of the results on one chip.
+
+    One that is spread over several fusions, to go on beside what they compute, stands in each of them with its channel.
+    """
     found: dict[str, Counter[str]] = {kind: Counter() for kind in COLLECTIVES}
+    channels: set[str] = set()
     for _, instruction, times in module.run(computation, lengths):
         inner = module.fused(instruction)
         for one in (instruction,) if inner is None else inner.instructions.values():
-            kind = one.opcode.removesuffix("-start")
-            if kind in found:
+            kind, channel = one.opcode.removesuffix("-start"), one.attribute("channel_id")
+            if kind in found and channel not in channels:
+                channels |= set() if channel is None else {channel}
                 sizes = [shape.nbytes for shape in one.shapes]
                 found[kind].update(count=times, bytes=times * (max(sizes) if one.opcode.endswith("-start") else sum(sizes)))
     return {kind: dict(counts) for kind, counts in found.items() if counts}

@@ -20,7 +20,7 @@ from jaxlm import config, sharding, stack
 from jaxlm.cache import Cache
 from jaxlm.layers import embed, norm
 from jaxlm.layers.mask import describe
-from jaxlm.params import Spec
+from jaxlm.params import Param, Spec
 
 
 @flax.struct.dataclass
@@ -47,6 +47,13 @@ def spec(cfg: config.Decoder) -> Spec:
         tree["norm"] = norm.spec(cfg.norm, cfg.width)
     head = embed.head_spec(cfg.head, cfg.embedding.vocabulary, cfg.width)
     return {"decoder": tree | {"head": head} if head else tree}
+
+
+def cast(params: PyTree, cfg: config.Decoder, dtype: Any) -> PyTree:
+    """The weights with those that take part in products in another dtype; split ones are then gathered in it."""
+    def one(param: Param, weight: Any) -> Any:
+        return weight.astype(dtype) if param.inputs and isinstance(weight, jax.Array) else weight
+    return jax.tree.map(one, spec(cfg), params)
 
 
 def unstack(params: PyTree, cfg: config.Decoder) -> PyTree:

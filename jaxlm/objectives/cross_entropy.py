@@ -110,7 +110,7 @@ def _forward(piece: Piece, params: PyTree, x: Array, targets: Array, weights: Ar
         (total, aux), (mine, toward) = jax.value_and_grad(piece, argnums=(0, 1), has_aux=True)(params, part, targets, weights)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradient, mine), ((total, aux), toward)
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), params)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
     gradient, (sums, toward) = jax.lax.scan(once, zeros, (x, targets, weights))
     gradient = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), gradient, params)
     return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums), (gradient, toward, weights)

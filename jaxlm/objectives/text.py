@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
@@ -47,6 +46,8 @@ def loss(params: PyTree, cfg: config.Decoder, batch: Mapping[str, Array], key: K
     Returns:
       aux: as `cross_entropy`, and "bytes", those of the tokens asked.
     """
+    if dtype is not None:
+        params = model.cast(params, cfg, dtype)
     out = model.forward(params, cfg, batch["tokens"], segments=batch["segments"], prefix=batch["prefix"] if prefixes else None,
                         logits=False, dtype=dtype, remat=remat)
     tree = params["decoder"]
@@ -57,8 +58,6 @@ def loss(params: PyTree, cfg: config.Decoder, batch: Mapping[str, Array], key: K
     part = {"head": tree["head"]} if "head" in tree else {}
     if cfg.head.tied:
         part["tokens"] = tree["embedding"]["tokens"]
-    # In the computation's dtype already when they are gathered from where they are split.
-    part = jax.tree.map(lambda weight: weight.astype(out.last.dtype), part)
     found = cross_entropy(head, part, out.last, batch["targets"], batch["weights"], piece=piece, smoothing=smoothing, z=z)
     if sizes is None:
         return found

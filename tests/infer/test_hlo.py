@@ -219,3 +219,63 @@ def test_host_transfers_are_counted():
     shape = jax.ShapeDtypeStruct((4,), jnp.float32)
     assert hlo.host_transfers(jax.jit(quiet).lower(shape).as_text()) == 0
     assert hlo.host_transfers(jax.jit(loud).lower(shape).as_text()) == 2
+
+
+# A loop that counts by twos to eight. Within: a product of a batch of 3, as a convolution whose places each meet one of the
+# the kernel's; one that sums over 4 heads of width 16 as well; and a gather that is spread over two fusions.
+PRODUCTS = """HloModule jit_run, is_scheduled=true
+
+%each (a: bf16[3,8,16], b: bf16[3,16,32]) -> bf16[3,8,32] {
+  %a = bf16[3,8,16]{2,1,0} parameter(0)
+  %b = bf16[3,16,32]{2,1,0} parameter(1)
+  %gathered = bf16[64]{0} all-gather(%b), channel_id=5, dimensions={0}
+  ROOT %product = bf16[3,8,32]{2,1,0} convolution(%a, %b), window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0io->0bf
+}
+
+%rest (c: bf16[8,4,16]) -> bf16[64] {
+  %c = bf16[8,4,16]{2,1,0} parameter(0)
+  ROOT %again = bf16[64]{0} all-gather(%c), channel_id=5, dimensions={0}
+}
+
+%body (arg: (u32[], u32[], bf16[3,8,16], bf16[3,16,32], bf16[8,4,16], bf16[4,16,32])) -> (u32[], u32[], bf16[3,8,16], bf16[3,16,32], bf16[8,4,16], bf16[4,16,32]) {
+  %arg = (u32[], u32[], bf16[3,8,16], bf16[3,16,32], bf16[8,4,16], bf16[4,16,32]) parameter(0)
+  %count = u32[] get-tuple-element(%arg), index=0
+  %two = u32[] get-tuple-element(%arg), index=1
+  %x = bf16[3,8,16]{2,1,0} get-tuple-element(%arg), index=2
+  %w = bf16[3,16,32]{2,1,0} get-tuple-element(%arg), index=3
+  %heads = bf16[8,4,16]{2,1,0} get-tuple-element(%arg), index=4
+  %out = bf16[4,16,32]{2,1,0} get-tuple-element(%arg), index=5
+  %next = u32[] add(%count, %two)
+  %begun = bf16[3,8,32]{2,1,0} fusion(%x, %w), kind=kOutput, calls=%each
+  %ended = bf16[64]{0} fusion(%heads), kind=kCustom, calls=%rest
+  %summed = bf16[8,1,32]{2,1,0} convolution(%heads, %out), window={size=4}, dim_labels=b0f_0io->b0f
+  ROOT %result = (u32[], u32[], bf16[3,8,16], bf16[3,16,32], bf16[8,4,16], bf16[4,16,32]) tuple(%next, %two, %x, %w, %heads, %out)
+}
+
+%until (test: (u32[], u32[], bf16[3,8,16], bf16[3,16,32], bf16[8,4,16], bf16[4,16,32])) -> pred[] {
+  %test = (u32[], u32[], bf16[3,8,16], bf16[3,16,32], bf16[8,4,16], bf16[4,16,32]) parameter(0)
+  %at = u32[] get-tuple-element(%test), index=0
+  %eight = u32[] constant(8)
+  ROOT %less = pred[] compare(%at, %eight), direction=LT
+}
+
+ENTRY %main (p0: bf16[3,8,16], p1: bf16[3,16,32], p2: bf16[8,4,16], p3: bf16[4,16,32]) -> f32[5,7] {
+  %p0 = bf16[3,8,16]{2,1,0} parameter(0)
+  %p1 = bf16[3,16,32]{2,1,0} parameter(1)
+  %p2 = bf16[8,4,16]{2,1,0} parameter(2)
+  %p3 = bf16[4,16,32]{2,1,0} parameter(3)
+  %from = u32[] constant(1)
+  %by = u32[] constant(2)
+  %given = (u32[], u32[], bf16[3,8,16], bf16[3,16,32], bf16[8,4,16], bf16[4,16,32]) tuple(%from, %by, %p0, %p1, %p2, %p3)
+  %loop = (u32[], u32[], bf16[3,8,16], bf16[3,16,32], bf16[8,4,16], bf16[4,16,32]) while(%given), condition=%until, body=%body
+  %left = f32[5,9,2]{2,1,0} constant({...})
+  %right = f32[9,2,7]{2,1,0} constant({...})
+  ROOT %dot = f32[5,7]{1,0} dot(%left, %right), lhs_contracting_dims={1,2}, rhs_contracting_dims={0,1}
+}
+"""  # noqa: E501
+
+
+def test_products_and_what_is_spread_over_fusions():
+    module = hlo.Module(PRODUCTS)
+    assert hlo.flops(module, module.entry) == 4 * (2 * 3 * 8 * 32 * 16 + 2 * 8 * 32 * 4 * 16) + 2 * 5 * 7 * 9 * 2
+    assert hlo.collectives(module, module.entry) == {"all-gather": {"count": 4, "bytes": 4 * 128}}

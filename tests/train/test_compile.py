@@ -1,0 +1,62 @@
+"""The step of training through real TPU compilers, without a TPU: it fits, computes what it should, sends what shards need."""
+
+import contextlib
+import io
+import json
+
+import pytest
+import tyro
+
+from train import compile as program
+
+pytest.importorskip("libtpu", reason="the TPU compiler comes for Linux on x86-64 only")
+
+CONFIG = """
+from jaxlm.config import Attention, Block, Decoder, Dense, Embedding, Head, PreNorm, RmsNorm, stack_of
+from jaxlm.data.source import Files
+from jaxlm.data.stream import Phase
+from jaxlm.objectives import CausalLM
+from jaxlm.recipe import Recipe
+from jaxlm.training.optimizer import AdamW, Optimizer
+from jaxlm.training.schedule import Constant
+
+def config():
+    block = Block(Attention(heads=4, kv_heads=2, head_width=128), Dense(1024), PreNorm(RmsNorm()))
+    model = Decoder(512, Embedding(4096), stack_of([block] * 4), RmsNorm(), Head(tied=False), 2048)
+    return Recipe(model, "none", (Phase(((Files("none"), 1.0),)),), CausalLM(), Optimizer(AdamW(), Constant(1e-3)), rows=16,
+                  length=512, steps=1, mesh=(("fsdp", -1),), dtype="bfloat16")
+"""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    found = tmp_path_factory.mktemp("configs") / "small.py"
+    found.write_text(CONFIG)
+    return found
+
+
+def run(path, *arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        program.main(tyro.cli(program.Arguments, args=[str(path), *arguments, "--json"]))
+    return json.loads(out.getvalue().splitlines()[-1]), err.getvalue()
+
+
+def test_fully_sharded(path):
+    found, table = run(path, "--topology", "v5e:2x2")
+    assert found["fits"] and found["host_callbacks"] == 0 and found["mesh"] == {"fsdp": 4}
+    assert found["weight_bytes"] == pytest.approx(4 * found["parameters"] / 4, rel=0.01)
+    assert found["moment_bytes"] == pytest.approx(2 * found["weight_bytes"], rel=0.01)
+    # Scores of causal queries are cut at their run's end, not at their own: a little more than the model's half.
+    assert 1.0 <= found["flops_ratio"] < 1.1, found["flops_ratio"]
+    print(found["collectives"])
+    # Every weight is gathered for the forward and the backward pass, in bfloat16, and its gradient is scattered once.
+    weights = found["parameters"]
+    assert found["collectives"]["all-gather"]["bytes"] < 1.2 * 2 * 2 * weights
+    assert "fits" in table and "products" in table
+
+@pytest.mark.slow
+def test_remat(path):
+    found, _ = run(path, "--topology", "v5e:2x2")
+    again, _ = run(path, "--topology", "v5e:2x2", "--remat", "full")
+    assert again["temporary_bytes"] < found["temporary_bytes"] and again["flops_ratio"] < 1.1 * 4 / 3
