@@ -221,7 +221,7 @@ def test_host_transfers_are_counted():
     assert hlo.host_transfers(jax.jit(loud).lower(shape).as_text()) == 2
 
 
-# A loop that counts by twos to eight. Within: a product of a batch of 3, as a convolution whose places each meet one of the
+# A loop that counts by twos to eight. Within: a product of a batch of 3, as a convolution whose places each meet one of
 # the kernel's; one that sums over 4 heads of width 16 as well; and a gather that is spread over two fusions.
 PRODUCTS = """HloModule jit_run, is_scheduled=true
 
