@@ -10,8 +10,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+
+import jaxlm
+from jaxlm.data.tokenizer import Tokenizer
+from train import export, tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -55,10 +60,10 @@ def start(folder, out, *arguments, devices=1):
 
 
 def finish(process):
-    """What it printed as JSON, once it ended well."""
+    """What it printed as JSON, once it ended well; of several processes the first prints it."""
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    return json.loads(out.splitlines()[-1]) if out.strip() else None
+    return next((json.loads(line) for line in out.splitlines() if line.startswith("{")), None)
 
 
 def records(folder, out, name="metrics"):
@@ -87,6 +92,36 @@ def test_a_run(folder, whole):
     held_out = records(folder, "whole", "evaluations")
     assert [record["step"] for record in held_out] == [12, 24] and held_out[1]["bits_per_byte"] < held_out[0]["bits_per_byte"]
     assert sorted(int(path.name) for path in (out / "checkpoints").iterdir()) == [20, 24]
+
+
+def test_a_run_becomes_a_hugging_face_directory(folder, whole, capsys):
+    for step, name in ((None, "newest"), (20, "older")):
+        export.main(export.Arguments(folder / "whole", folder / name, step=step, json=True))
+        assert json.loads(capsys.readouterr().out)["step"] == (step or 24)
+    newest, older = jaxlm.load(folder / "newest"), jaxlm.load(folder / "older")
+    _, kept = export.load(folder / "whole")
+    assert newest.config.width == 32 and newest.tokenizer.encode("7 pears") == kept.tokenizer.encode("7 pears")
+    for one, other in zip(jax.tree.leaves(newest.params), jax.tree.leaves(kept.params), strict=True):
+        np.testing.assert_array_equal(one, other)
+    text = " ".join(f"{n} pears" for n in range(20, 30))
+    found = [float(jaxlm.score(lm, [text])[0].mean()) for lm in (newest, older)]
+    assert found[0] > -3.5 and found[0] != found[1]
+
+
+@pytest.mark.parametrize(("fields", "says"), [
+    ({"step": 3}, "no checkpoint of step 3 .* there are 20, 24"), ({"average": True}, "kept no average"),
+    ({"run": pathlib.Path("nowhere")}, "there is no checkpoint in .*nowhere")])
+def test_what_cannot_be_exported(folder, whole, fields, says):
+    with pytest.raises(ValueError, match=says):
+        export.main(export.Arguments(**({"run": folder / "whole", "out": folder / "never"} | fields)))
+    assert not (folder / "never").exists()
+
+
+def test_a_tokenizer(folder, capsys):
+    tokenizer.main(tokenizer.Arguments(folder / "made", 300, (str(folder / "text.jsonl"),), json=True))
+    found = json.loads(capsys.readouterr().out)
+    assert found["vocabulary"] == 300 and found["bytes_per_token"] > 1.5
+    assert Tokenizer.from_directory(folder / "made").size == 300
 
 
 def wait_for(folder, out, step, process):
