@@ -98,8 +98,8 @@ def read_config(path: pathlib.Path) -> config.Decoder:
     return families.read(json.loads(file.read_text(encoding="utf-8")))
 
 
-def devices(topology: str) -> list[Any]:
-    """The chips of a slice that this machine does not have.
+def devices(topology: str, slices: int = 1) -> list[Any]:
+    """The chips of a slice, or of several alike, that this machine does not have.
 
     Raises:
       ValueError: without libtpu, and for a slice that it does not know.
@@ -112,7 +112,8 @@ def devices(topology: str) -> list[Any]:
     reasons = []
     for bounds in ({}, {"chips_per_host_bounds": (1, 1, 1)}):  # the second for slices smaller than a host
         try:
-            return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
+            return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds,
+                                                **({"num_slices": slices} if slices > 1 else {})).devices
         except jax.errors.JaxRuntimeError as error:
             reasons.append(str(error))
     raise ValueError(f"libtpu knows no slice {topology!r} ({reasons[0]}); they are written v5e:2x2, v6e:1x1, v5p:2x2x1")

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -47,7 +48,8 @@ def mesh(*, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
       devices: all of this process group's by default. One size may be -1: what the others leave.
 
     Raises:
-      ValueError: for an unknown axis, a size below 1, or sizes whose product is not the number of devices.
+      ValueError: for an unknown axis, a size below 1, sizes whose product is not the number of devices, or devices of several
+        TPU slices among which neither data nor fsdp can be divided.
 
     Example:
       >>> mesh(devices=jax.devices()[:1]).shape["model"]
@@ -69,7 +71,26 @@ def mesh(*, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
     if math.prod(shape) != len(devices):
         raise ValueError(f"mesh sizes {dict(zip(AXES, shape, strict=True))} need {math.prod(shape)} devices, "
                          f"there are {len(devices)}")
-    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_placed(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _placed(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices in the mesh's shape: on TPUs so that neighbours in it are neighbours in the machine.
+
+    Of several slices, between which the way is long, "data" takes as many of them as there are, else "fsdp".
+    """
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    outer = next((axis for axis in ("data", "fsdp") if shape[AXES.index(axis)] % slices == 0), None)
+    if outer is None:
+        raise ValueError(f"these devices are of {slices} slices: the size of data or fsdp must be a multiple of that, got "
+                         f"{dict(zip(AXES, shape, strict=True))}")
+    between = tuple(slices if axis == outer else 1 for axis in AXES)
+    within = tuple(size // parts for size, parts in zip(shape, between, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def check(mesh: Mesh) -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from infer import compile as slices  # it says to jax that no accelerator of this machine is meant, and reads what compilers say
 from infer import hlo, session
-from jaxlm import params
+from jaxlm import params, sharding
 from jaxlm.recipe import Program, Recipe
 from train.__main__ import read, read_mesh
 
@@ -33,6 +33,8 @@ class Arguments:
     """A file with a function config() that returns a jaxlm.recipe.Recipe."""
     topology: str = "v5e:4x4"
     """Chip and slice: v5e:4x4, v5p:2x2x1, v5p:8x8x4, v6e:16x16 ..."""
+    slices: int = 1
+    """How many such slices; the axis data of the mesh, else fsdp, goes over them."""
     mesh: tuple[str, ...] = ()
     """Like fsdp=-1 or fsdp=64 model=4; default the configuration's."""
     rows: int | None = None
@@ -58,9 +60,9 @@ def changed(recipe: Recipe, arguments: Arguments) -> Recipe:
     return dataclasses.replace(recipe, **given)
 
 
-def facts(recipe: Recipe, topology: str) -> dict[str, Any]:
-    """What the compiler says of the recipe's step on a slice; bytes, FLOPs and collectives are those of one chip."""
-    program = Program(recipe, slices.devices(topology))
+def facts(recipe: Recipe, topology: str, count: int = 1) -> dict[str, Any]:
+    """What the compiler says of the recipe's step on so many slices; bytes, FLOPs and collectives are those of one chip."""
+    program = Program(recipe, slices.devices(topology, count))
     with jax.set_mesh(program.mesh):
         state, batch = program.abstract(), program.abstract_batch()
         built = slices.build(program.step().lower(state, batch))
@@ -68,7 +70,7 @@ def facts(recipe: Recipe, topology: str) -> dict[str, Any]:
     usable = slices.usable_bytes(program.mesh)
     wanted = program.flops_per_token * tokens / chips
     found = {
-        "topology": topology, "device": program.mesh.devices.flat[0].device_kind, "chips": chips,
+        "topology": topology, "slices": count, "device": program.mesh.devices.flat[0].device_kind, "chips": chips,
         "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
         "parameters": params.count(program.spec), "rows": recipe.rows, "length": recipe.length, "pieces": recipe.pieces,
         "remat": recipe.remat, "fits": built.compiled is not None, "needed_bytes": built.needed, "usable_bytes": usable,
@@ -88,14 +90,14 @@ def _bytes(tree: PyTree) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def search(recipe: Recipe, topology: str, console: Any) -> dict[str, Any]:
+def search(recipe: Recipe, topology: str, count: int, console: Any) -> dict[str, Any]:
     """The largest batch that fits with everything computed again, doubling from the least that the mesh allows, then the
     remat that computes least again with that batch."""
-    mesh = Program(recipe, slices.devices(topology)).mesh if recipe.rows else None
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] * recipe.pieces
+    shape = sharding.mesh(devices=slices.devices(topology, count), **dict(recipe.mesh)).shape
+    ways = shape["data"] * shape["fsdp"] * recipe.pieces
     best, rows = None, ways
     while True:
-        tried = facts(dataclasses.replace(recipe, rows=rows, remat="full"), topology)
+        tried = facts(dataclasses.replace(recipe, rows=rows, remat="full"), topology, count)
         console.print(f"{rows} rows, remat full: {'fits' if tried['fits'] else 'does not fit'}, {_gib(tried['needed_bytes'])}")
         if not tried["fits"]:
             break
@@ -103,7 +105,7 @@ def search(recipe: Recipe, topology: str, console: Any) -> dict[str, Any]:
     if best is None:
         return tried
     for remat in ("none", "products"):  # in the order of what they save
-        tried = facts(dataclasses.replace(recipe, rows=best["rows"], remat=remat), topology)
+        tried = facts(dataclasses.replace(recipe, rows=best["rows"], remat=remat), topology, count)
         console.print(f"{best['rows']} rows, remat {remat}: {'fits' if tried['fits'] else 'does not fit'}, "
                       f"{_gib(tried['needed_bytes'])}")
         if tried["fits"]:
@@ -119,7 +121,7 @@ def show(found: dict[str, Any], console: Any) -> None:
     """The table."""
     table = Table("", "per chip")
     mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items()) or "one chip"
-    table.add_row("slice", f"{found['topology']}, {found['chips']} x {found['device']}; {mesh}")
+    table.add_row("slice", f"{found['slices']} of {found['topology']}, {found['chips']} x {found['device']}; {mesh}")
     table.add_row("batch", f"{found['rows']} rows of {found['length']} tokens over all chips, in {found['pieces']} piece(s)")
     table.add_row("weights", f"{found['parameters']:,} in all; {_gib(found['weight_bytes'])}, moments "
                              f"{_gib(found['moment_bytes'])}")
@@ -140,9 +142,9 @@ def main(arguments: Arguments) -> dict[str, Any]:
     """Compiles, or searches, and prints."""
     recipe, console = changed(read(arguments.configuration), arguments), session.console(arguments.json)
     if arguments.search:
-        found = search(recipe, arguments.topology, console)
+        found = search(recipe, arguments.topology, arguments.slices, console)
     else:
-        found = facts(recipe, arguments.topology)
+        found = facts(recipe, arguments.topology, arguments.slices)
     show(found, console)
     session.finish(found, arguments.json)
     return found

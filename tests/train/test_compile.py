@@ -7,6 +7,8 @@ import json
 import pytest
 import tyro
 
+from infer import compile as slices
+from jaxlm import sharding
 from train import compile as program
 
 pytest.importorskip("libtpu", reason="the TPU compiler comes for Linux on x86-64 only")
@@ -54,6 +56,16 @@ def test_fully_sharded(path):
     weights = found["parameters"]
     assert found["collectives"]["all-gather"]["bytes"] < 1.2 * 2 * 2 * weights
     assert "fits" in table and "products" in table
+
+def test_slices_are_divided_by_the_outer_axis():
+    chips = slices.devices("v5e:2x2", 2)
+    mesh = sharding.mesh(devices=chips, data=2, model=-1)
+    assert [{chip.slice_index for chip in part.flatten()} for part in mesh.devices] == [{0}, {1}]
+    mesh = sharding.mesh(devices=chips, fsdp=-1)
+    assert [chip.slice_index for chip in mesh.devices.flatten()] == [0] * 4 + [1] * 4
+    with pytest.raises(ValueError, match="of 2 slices: the size of data or fsdp must be a multiple"):
+        sharding.mesh(devices=chips, model=-1)
+
 
 @pytest.mark.slow
 def test_remat(path):
