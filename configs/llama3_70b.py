@@ -2,7 +2,8 @@
 
   python -m train.compile configs/llama3_70b.py --topology v5p:8x8x4
 
-The compiler says: 23.5 of 95.7 GiB, 1.26 times the model's products (remat computes a third of them again). The data is an example: point `phases` and `tokenizer` at your own; on the slice the command is
+The compiler says: 23.5 of 95.7 GiB, 1.26 times the model's products (remat computes a third of them again). The data is an
+example: point `phases` and `tokenizer` at your own; on the slice the command is
 
   python -m train configs/llama3_70b.py --distributed.pod
 """
