@@ -94,6 +94,12 @@ def test_a_run(folder, whole):
     assert sorted(int(path.name) for path in (out / "checkpoints").iterdir()) == [20, 24]
 
 
+def test_workers_change_nothing_and_a_profile_is_written(folder, whole):
+    finish(start(folder, "profiled", "--workers", "2", "--profile", "--steps", "10"))
+    assert losses(folder, "profiled") == whole[:10]
+    assert any((folder / "profiled" / "profile").rglob("*.xplane.pb"))
+
+
 def test_a_run_becomes_a_hugging_face_directory(folder, whole, capsys):
     for step, name in ((None, "newest"), (20, "older")):
         export.main(export.Arguments(folder / "whole", folder / name, step=step, json=True))
@@ -153,14 +159,31 @@ def test_sigterm_saves_and_ends_well(folder, whole):
     assert losses(folder, "terminated") == whole
 
 
-def test_two_processes_train_and_one_goes_on(folder, whole):
-    """Two processes of two devices each, then one of one: the same data in the same order, the same losses."""
+def two(folder, out, *arguments):
+    """Two processes of two devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    shared = ("--steps", "10", "--distributed.coordinator", address, "--distributed.processes", "2")
-    both = [start(folder, "both", *shared, "--distributed.index", str(index), devices=2) for index in range(2)]
-    for process in both:
+    shared = ("--distributed.coordinator", address, "--distributed.processes", "2", *arguments)
+    return [start(folder, out, *shared, "--distributed.index", str(index), devices=2) for index in range(2)]
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_told_to_stop(folder, whole):
+    both = two(folder, "told", "--steps", "2000", "--checkpoint-every", "1000", "--evaluate-every", "1000")
+    wait_for(folder, "told", 5, both[0])
+    both[1].send_signal(signal.SIGTERM)
+    first, _ = map(finish, both)
+    assert first["stopped"] == "SIGTERM" and 5 <= first["step"] < 2000
+    found = losses(folder, "told")
+    assert len(found) == first["step"]
+    np.testing.assert_allclose(found[:24], whole[:len(found)], rtol=1e-4)
+    assert [int(path.name) for path in (folder / "told" / "checkpoints").iterdir()] == [first["step"]]
+
+
+def test_two_processes_train_and_one_goes_on(folder, whole):
+    """The same data in the same order, the same losses."""
+    for process in two(folder, "both", "--steps", "10"):
         finish(process)
     np.testing.assert_allclose(losses(folder, "both"), whole[:10], rtol=1e-5)
     result = finish(start(folder, "both"))
