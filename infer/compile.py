@@ -246,17 +246,10 @@ def least_bytes(cfg: config.Decoder, weights: PyTree, cache: PyTree, chips: int)
     return nbytes(tree) + stored // chips + (nbytes(embedding["tokens"]) if cfg.head.tied else 0)
 
 
-def products(cfg: config.Decoder) -> int:
-    """Numbers of all the weights that take part in products."""
-    spec = models.spec(cfg)["decoder"]
-    matrices = dict(spec) | {"embedding": {"tokens": spec["embedding"]["tokens"]} if cfg.head.tied else {}}
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(matrices) if leaf.inputs)
-
-
 def least_flops(cfg: config.Decoder, tokens: int, slots: int, chips: int) -> float:
     """FLOPs per chip and step of the model's products alone, evenly split: so many tokens against all slots of a row each."""
     scores = sum(2 * block.attention.heads * block.attention.head_width * slots for block in cfg.stack.blocks())
-    return 2 * tokens * (products(cfg) + scores) / chips
+    return 2 * tokens * (models.products(cfg) + scores) / chips
 
 
 def doubled(cfg: config.Decoder, group: int) -> config.Decoder:
@@ -307,7 +300,7 @@ class Check:
             cache = caching.spec(self.config.stack, batch, generate.bucket(self.arguments.length, 64), jnp.bfloat16)
             chips = self.mesh.size
             read = least_bytes(self.config, self.weights(self.config), cache.layers, chips) * chips
-            self.seconds = tuple(cost.roofline(chip, read, products(self.config), batch, sizes, chips=chips).tolist())
+            self.seconds = tuple(cost.roofline(chip, read, models.products(self.config), batch, sizes, chips=chips).tolist())
             made = drafters.automatic(sizes, self.seconds)
         elif name.startswith("layers:"):
             raise ValueError("the first layers as a drafter are not compiled here; there are "

@@ -7,6 +7,7 @@ positions, mask, segments and cache. It writes nothing: the new tokens' keys and
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,13 @@ def spec(cfg: config.Decoder) -> Spec:
         tree["norm"] = norm.spec(cfg.norm, cfg.width)
     head = embed.head_spec(cfg.head, cfg.embedding.vocabulary, cfg.width)
     return {"decoder": tree | {"head": head} if head else tree}
+
+
+def products(cfg: config.Decoder) -> int:
+    """How many weights take part in the products of a token: all matrices, the embedding's where the head is tied to it."""
+    tree = spec(cfg)["decoder"]
+    matrices = dict(tree) | {"embedding": {"tokens": tree["embedding"]["tokens"]} if cfg.head.tied else {}}
+    return sum(math.prod(param.shape) for param in jax.tree.leaves(matrices) if param.inputs)
 
 
 def cast(params: PyTree, cfg: config.Decoder, dtype: Any) -> PyTree:

@@ -170,15 +170,11 @@ class Program:
 
         Reference: Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311; here causal scores count half.
         """
-        cfg, flat = self.recipe.model, params.paths(self.spec)
-        table = flat["decoder/embedding/tokens"]
-        products = sum(math.prod(param.shape) for param in flat.values() if param.inputs and param is not table)
-        products += math.prod(table.shape) if cfg.head.tied else 0
         scores = 0
-        for block in cfg.stack.blocks():
+        for block in self.recipe.model.stack.blocks():
             seen = min(self.recipe.length, block.attention.window or self.recipe.length)
             scores += 2 * block.attention.heads * block.attention.head_width * seen / (2 if block.attention.causal else 1)
-        return 6.0 * (products + scores)
+        return 6.0 * (model.products(self.recipe.model) + scores)
 
     def loss(self, params: PyTree, batch: Mapping[str, Array], key: Key[Array, ""]) -> objectives.Loss:
         """The recipe's loss of a batch."""
