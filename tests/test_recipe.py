@@ -104,7 +104,8 @@ def test_what_is_computed_again_changes_nothing(files, alone, remat):
     np.testing.assert_allclose(found, alone[0][:4], rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [Lion(), Adafactor(), Muon()], ids=lambda kind: type(kind).__name__)
+@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (Lion(), Adafactor())), Muon()],
+                         ids=lambda kind: type(kind).__name__)
 def test_optimizers_on_a_mesh(files, kind):
     """Reduced and orthogonalised moments too."""
     optimizer = Optimizer(kind, Constant(1e-3))
