@@ -45,15 +45,13 @@ def train(documents: Iterable[str], vocabulary: int, special: Sequence[str] = (E
     return found
 
 
-def save(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path, end: str = END, length: int | None = None) -> None:
+def save(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path, end: str = END) -> None:
     """tokenizer.json and tokenizer_config.json, both or neither, in a directory that need not exist."""
     partial = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}")
     partial.mkdir(parents=True)
     try:
         tokenizer.save(str(partial / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
-        if length is not None:
-            config["model_max_length"] = length
         (partial / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         try:
             partial.replace(directory)

@@ -28,7 +28,7 @@ class Texts(Source):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokenizers") / "new" / "one"
-    save(train(TEXTS, 300, (END, "<|pad|>")), directory, length=77)
+    save(train(TEXTS, 300, (END, "<|pad|>")), directory)
     return Tokenizer.from_directory(directory)
 
 
