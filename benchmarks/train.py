@@ -1,11 +1,11 @@
-"""Training speed of jaxlm beside PyTorch: the same model, the same weights, the same batches, measured in turns in one run.
+"""Training speed of jaxlm beside PyTorch and JAX by hand: same model, same weights, same batches, in turns in one run.
 
     .venv/bin/python benchmarks/train.py
 
 Two decoders of Llama's shape (8 layers, width 256 and 512, a tied vocabulary of 8,192), float32, AdamW with clipping, 16 rows
-of 256 tokens to a step. Each engine runs in a process of its own that sleeps while the other is measured. Printed: tokens per
-second (the median of some steps each), the ratio, peak memory, and how far the losses of all steps are apart. Needs the extra
-`parity`.
+of 256 tokens to a step. Each engine runs in a process of its own that sleeps while the others are measured. Printed: tokens
+per second (the median of some steps each), jaxlm's beside the others', peak memory, and how far the losses of all steps are
+from jaxlm's. Needs the extra `parity`.
 """
 
 import contextlib
@@ -47,6 +47,9 @@ def recipe(shape: str, rows: int, length: int) -> Any:
     optimizer = Optimizer(AdamW(weight_decay=DECAY), Constant(RATE), clip=CLIP, decayed=("*",))
     return Recipe(model, "none", (Phase(((Files("none"), 1.0),)),), CausalLM(), optimizer, rows, length, 1000,
                   mesh=(("data", 1),), dtype="float32")
+
+
+ENGINES = ("jaxlm", "PyTorch", "plain JAX")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +113,26 @@ def serve_torch(pipe: multiprocessing.connection.Connection, folder: str) -> Non
         pipe.send(Reply(losses, seconds, reference.peak_bytes()))
 
 
+def serve_plain(pipe: multiprocessing.connection.Connection, folder: str) -> None:
+    """The same by JAX as one would write it by hand."""
+    import jax.numpy as jnp
+    from plain_jax import trainer
+
+    state, step = trainer(folder, RATE, DECAY, CLIP)
+    pipe.send(True)
+    while (job := pipe.recv()) is not None:
+        losses, seconds = [], []
+        for tokens in job:
+            began = time.perf_counter()
+            state, loss = step(state, jnp.asarray(tokens))
+            losses.append(float(loss))
+            seconds.append(time.perf_counter() - began)
+        pipe.send(Reply(losses, seconds, reference.peak_bytes()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Training speed of jaxlm beside PyTorch."""
+    """Training speed of jaxlm beside PyTorch and JAX written by hand."""
 
     shapes: tuple[str, ...] = tuple(SHAPES)
     """Of the models."""
@@ -129,7 +149,7 @@ class Arguments:
 
 
 def measure(shape: str, arguments: Arguments) -> dict[str, Any]:
-    """One shape: both engines in turns, after a turn that compiles and warms up."""
+    """One shape: all engines in turns, after a turn that compiles and warms up."""
     import jax
 
     import jaxlm
@@ -140,9 +160,9 @@ def measure(shape: str, arguments: Arguments) -> dict[str, Any]:
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as processes:
         jaxlm.save(jaxlm.Model(program.recipe.model, params.init(program.spec, jax.random.key(0))), folder)
-        engines = {"PyTorch": processes.enter_context(reference.process(serve_torch, folder)),
-                   "jaxlm": processes.enter_context(reference.process(serve_jaxlm, folder, shape, arguments.rows,
-                                                                      arguments.length))}
+        starts = {"jaxlm": (serve_jaxlm, folder, shape, arguments.rows, arguments.length), "PyTorch": (serve_torch, folder),
+                  "plain JAX": (serve_plain, folder)}
+        engines = {name: processes.enter_context(reference.process(*starts[name])) for name in ENGINES}
         for pipe in engines.values():
             pipe.recv()
         seen: dict[str, list[Reply]] = {name: [] for name in engines}
@@ -159,10 +179,11 @@ def measure(shape: str, arguments: Arguments) -> dict[str, Any]:
         second = statistics.median(second for reply in replies[1:] for second in reply.seconds)
         row[name] = {"tokens_per_s": tokens / second, "flops": tokens / second * program.flops_per_token,
                      "peak_bytes": replies[-1].peak_bytes}
-    ours, theirs = ([loss for reply in seen[name] for loss in reply.losses] for name in ("jaxlm", "PyTorch"))
-    row["ratio"] = row["jaxlm"]["tokens_per_s"] / row["PyTorch"]["tokens_per_s"]
-    row["losses"] = [ours[0], ours[-1]]
-    row["apart"] = max(abs(one - other) / other for one, other in zip(ours, theirs, strict=True))
+    losses = {name: np.array([loss for reply in replies for loss in reply.losses]) for name, replies in seen.items()}
+    row["losses"] = losses["jaxlm"][[0, -1]].tolist()
+    for name in ENGINES[1:]:
+        row[name] |= {"ratio": row["jaxlm"]["tokens_per_s"] / row[name]["tokens_per_s"],
+                      "apart": float(np.max(np.abs(losses[name] / losses["jaxlm"] - 1)))}
     return row
 
 
@@ -170,15 +191,15 @@ def main(arguments: Arguments) -> None:
     """Measures all shapes and prints the table."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
     table = Table(title=f"{machine.threads()} threads, float32, {arguments.rows} x {arguments.length} tokens a step")
-    for heading in ("weights", "engine", "tokens/s", "GFLOP/s", "peak MB", "ratio", "losses apart"):
+    for heading in ("weights", "engine", "tokens/s", "GFLOP/s", "peak MB", "jaxlm is", "losses apart"):
         table.add_column(heading, justify="right")
     rows = [measure(shape, arguments) for shape in arguments.shapes]
     for row in rows:
-        for name in ("PyTorch", "jaxlm"):
-            mine, last = row[name], name == "jaxlm"
+        for name in ENGINES:
+            mine = row[name]
             table.add_row(f"{row['weights'] / 1e6:.1f}M", name, f"{mine['tokens_per_s']:.0f}", f"{mine['flops'] / 1e9:.0f}",
-                          f"{mine['peak_bytes'] / 1e6:.0f}", f"{row['ratio']:.2f}x" if last else "",
-                          f"{row['apart']:.1e}" if last else "")
+                          f"{mine['peak_bytes'] / 1e6:.0f}", f"{mine['ratio']:.2f}x" if "ratio" in mine else "",
+                          f"{mine['apart']:.1e}" if "apart" in mine else "")
     Console(width=120).print(table)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1) + "\n")

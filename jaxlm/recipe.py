@@ -68,7 +68,7 @@ class Recipe:
     cut: bool = True
     mesh: tuple[tuple[str, int], ...] = (("data", -1),)
     dtype: Literal["float32", "bfloat16"] | None = None
-    remat: Literal["none", "full", "products"] = "none"
+    remat: Literal["none", "full", "products"] = "products"
     smoothing: float = 0.0
     z: float = 0.0
     average: float | None = None

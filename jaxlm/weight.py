@@ -75,6 +75,12 @@ def dense(w: Weight) -> Float[Array, "..."]:
 _THIN = 24
 
 
+def _whole() -> bool:
+    """Whether arrays lie on one device: reshaped, split ones could lose how they are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def _product(equation: str, x: Float[Array, "..."], w: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
     """`jnp.einsum` as one dot_general with its sums in the weight's own order: einsum may sort them, and so copy the weight."""
     operands, out = equation.split("->")
@@ -83,13 +89,21 @@ def _product(equation: str, x: Float[Array, "..."], w: Float[Array, "..."], dtyp
     if "".join(c for c in left if c not in summed) + "".join(c for c in right if c not in summed) != out:
         return jnp.einsum(equation, x, w, preferred_element_type=dtype)
     where = (tuple(left.index(c) for c in summed), tuple(right.index(c) for c in summed))
+    kept = [i for i in range(x.ndim) if i not in where[0]]
+    shape = [x.shape[i] for i in kept] + [w.shape[i] for i in range(w.ndim) if i not in where[1]]
+    rows = math.prod(x.shape[i] for i in kept)
+    first, last = right.startswith("".join(summed)), right.endswith("".join(summed))
 
     def plain(x: Array, w: Array) -> Array:
+        if first and left.endswith("".join(summed)) and rows > 1 and _whole():
+            # Of two dimensions, so that the weight's gradient is: of three, XLA:CPU transposes the larger operand for it, with
+            # all that makes that operand computed in the wrong order. Steps of 16 x 256 tokens: 1.4 to 1.7 times as fast.
+            product = jax.lax.dot_general(x.reshape(rows, -1), w.reshape(x.size // rows, -1), (((1,), (0,)), ((), ())),
+                                          preferred_element_type=dtype)
+            return product.reshape(shape)
         return jax.lax.dot_general(x, w, (where, ((), ())), preferred_element_type=dtype)
 
     def turned(x: Array, w: Array) -> Array:
-        kept = [i for i in range(x.ndim) if i not in where[0]]
-        shape = [x.shape[i] for i in kept] + [w.shape[i] for i in range(w.ndim) if i not in where[1]]
         # Only of two dimensions, and with a barrier on its way, is the product left as it is written.
         if first:
             x = jax.lax.optimization_barrier(x.transpose(*where[0], *kept).reshape(-1, rows))
@@ -100,8 +114,6 @@ def _product(equation: str, x: Float[Array, "..."], w: Float[Array, "..."], dtyp
             product = jax.lax.optimization_barrier(product).T
         return product.reshape(shape)
 
-    rows = x.size // max(math.prod(x.shape[i] for i in where[0]), 1)
-    first, last = right.startswith("".join(summed)), right.endswith("".join(summed))
     if x.dtype == jnp.float32 and 1 < rows <= _THIN and (first or last):
         return jax.lax.platform_dependent(x, w, cpu=turned, default=plain)
     return plain(x, w)

@@ -45,17 +45,17 @@ def run(path, *arguments):
 
 
 def test_fully_sharded(path):
-    found, table = run(path, "--topology", "v5e:2x2")
+    found, table = run(path, "--topology", "v5e:2x2", "--remat", "none")
     assert found["fits"] and found["host_callbacks"] == 0 and found["mesh"] == {"fsdp": 4}
     assert found["weight_bytes"] == pytest.approx(4 * found["parameters"] / 4, rel=0.01)
     assert found["moment_bytes"] == pytest.approx(2 * found["weight_bytes"], rel=0.01)
     # Scores of causal queries are cut at their run's end, not at their own: a little more than the model's half.
     assert 1.0 <= found["flops_ratio"] < 1.1, found["flops_ratio"]
-    print(found["collectives"])
     # Every weight is gathered for the forward and the backward pass, in bfloat16, and its gradient is scattered once.
     weights = found["parameters"]
     assert found["collectives"]["all-gather"]["bytes"] < 1.2 * 2 * 2 * weights
     assert "fits" in table and "products" in table
+
 
 def test_slices_are_divided_by_the_outer_axis():
     chips = slices.devices("v5e:2x2", 2)
@@ -69,6 +69,6 @@ def test_slices_are_divided_by_the_outer_axis():
 
 @pytest.mark.slow
 def test_remat(path):
-    found, _ = run(path, "--topology", "v5e:2x2")
+    found, _ = run(path, "--topology", "v5e:2x2", "--remat", "none")
     again, _ = run(path, "--topology", "v5e:2x2", "--remat", "full")
     assert again["temporary_bytes"] < found["temporary_bytes"] and again["flops_ratio"] < 1.1 * 4 / 3
