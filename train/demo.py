@@ -10,30 +10,33 @@ shows what it writes.
 import ast
 import dataclasses
 import importlib
-import lzma
+import math
 import pathlib
 from functools import partial
 
 import jax
 import tyro
+from rich.table import Table
 
 import jaxlm
 from infer import generate, session
 from infer.demo import comparison
 from jaxlm.data.code import Code
+from jaxlm.data.tokenizer import Tokenizer
+from train import baselines
 from train.__main__ import Arguments, run
 
 
-def prompts(texts: list[str], count: int, most: int = 600) -> list[str]:
-    """The ends of files up to a function's first line and docstring, from files with one that is long enough to go on with."""
+def prompts(texts: list[str], count: int, least: int = 8) -> list[str]:
+    """Files up to the end of a function's docstring, of which more than `least` lines follow; at most one of each file."""
     found = []
     for text in texts:
-        lines = text.splitlines(keepends=True)
         for node in ast.walk(_parsed(text)):
-            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and node.end_lineno - node.body[0].end_lineno > 8:
-                head = "".join(lines[:node.body[0].end_lineno])
-                found.append(head[max(len(head) - most, 0):])
-                break
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+                shown = node.body[0].end_lineno or 0
+                if (node.end_lineno or 0) - shown > least:
+                    found.append("".join(text.splitlines(keepends=True)[:shown]))
+                    break
         if len(found) == count:
             break
     return found
@@ -46,10 +49,28 @@ def _parsed(text: str) -> ast.Module:
         return ast.Module([], [])
 
 
-def compressed(texts: list[str]) -> float:
-    """Bits per byte of xz, the texts in one piece."""
-    whole = "".join(texts).encode()
-    return 8 * len(lzma.compress(whole, preset=9 | lzma.PRESET_EXTREME)) / len(whole)
+def last_lines(tokenizer: Tokenizer, text: str, most: int) -> list[int]:
+    """The tokens of as many whole lines at a text's end as `most` tokens hold; its last tokens where a line is longer."""
+    lines, kept = text.splitlines(keepends=True), []
+    for start in reversed(range(len(lines))):
+        tokens = tokenizer.encode("".join(lines[start:]))
+        if len(tokens) > most:
+            return kept or tokens[-most:]
+        kept = tokens
+    return kept
+
+
+def measured(found: float, read: int) -> Table:
+    """The model's bits per byte of the held-out files beside those of what it has to beat."""
+    sources = Code("train").open(), Code("validation").open()
+    train, held_out = ([source[i] for i in range(len(source))] for source in sources)
+    table = Table("held-out files", "bits per byte", "from")
+    table.add_row("this model", f"{found:.3f}", f"{read / 1e6:.1f} MB read")
+    table.add_row("5-grams of bytes, Kneser-Ney", f"{baselines.kneser_ney(train, held_out):.3f}",
+                  f"{sum(len(text.encode()) for text in train) / 1e6:.1f} MB, all there is")
+    for name, bits in baselines.compressors(held_out).items():
+        table.add_row(name, f"{bits:.3f}", "every file by itself")
+    return table
 
 
 def main(out: pathlib.Path = pathlib.Path("runs/demo"), steps: int | None = None, max_new_tokens: int = 96,
@@ -68,21 +89,20 @@ def main(out: pathlib.Path = pathlib.Path("runs/demo"), steps: int | None = None
     if steps is not None:
         recipe = dataclasses.replace(recipe, steps=steps)
     with console.status("the dataset and the tokenizer, where they are not there yet"):
-        held_out = Code("validation").open()
+        unseen = Code("test").open()
         recipe.tokenizer.directory()
     job, done = run(recipe, out, Arguments("configs/tiny.py"))
-    if done.evaluation is not None:
-        texts = [held_out[i] for i in range(len(held_out))]
-        console.print(f"held out: {done.evaluation['bits_per_byte']:.3f} bits per byte (xz on the same files: "
-                      f"{compressed(texts):.3f}); curve in {out / 'loss.png'}")
     if done.step < recipe.steps:
         console.print("stopped early: the same command goes on")
         return
+    if done.evaluation is not None:
+        per_token = done.evaluation["loss"] / done.evaluation["bits_per_byte"] / math.log(2)
+        console.print(measured(done.evaluation["bits_per_byte"], int(recipe.steps * recipe.rows * recipe.length * per_token)))
+    console.print(f"the curve is in {out / 'loss.png'}")
     model = jaxlm.Model(recipe.model, jax.device_get(done.state.params), job.tokenizer)
     arguments = generate.Arguments(model=str(out), max_new_tokens=max_new_tokens)
-    unseen = Code("test").open()
     for prompt in prompts([unseen[i] for i in range(len(unseen))], 2):
-        tokens = model.tokenizer.encode(prompt)[-(recipe.length - max_new_tokens):]
+        tokens = last_lines(model.tokenizer, prompt, recipe.length - max_new_tokens)
         console.print()
         session.show(console, model.tokenizer.decode(tokens))
         answers = []
