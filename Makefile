@@ -1,5 +1,5 @@
 # Everything lives in .venv, which needs nothing but Python 3.11 (or newer) and pip.
-#   make demo          a real model answers a prompt
+#   make demo          trains a small model for three minutes, has it complete code      make demo-llm  a real model answers
 #   make test          the suite: minutes, no PyTorch      make test-all      with the slow tests and SmolLM2
 #   make test-parity   against transformers, live          make lint          ruff and the direction of imports
 #   make install       only sets up .venv                  make clean         removes all that was made here
@@ -12,7 +12,7 @@ py := .venv/bin/python
 pip_install := $(py) -m pip install --quiet --disable-pip-version-check
 pytest := $(py) -m pytest -n auto --maxprocesses=8 --dist worksteal
 
-.PHONY: install demo test test-all test-parity lint clean
+.PHONY: install demo demo-llm test test-all test-parity lint clean
 
 install: .venv/.installed-dev
 
@@ -36,9 +36,15 @@ install: .venv/.installed-dev
 	@touch $@
 
 demo: .venv/.installed-core
+	@$(py) -m train.demo
+
+demo-llm: .venv/.installed-core
 	@$(py) -m infer.demo
 
 test test-all test-parity: export JAX_PLATFORMS = cpu
+
+# Tests compile far more than they compute; make test-all compiles as users do.
+test: export JAX_DISABLE_MOST_OPTIMIZATIONS = 1
 
 test: .venv/.installed-dev
 	$(pytest) -m "not slow and not real and not parity" $(PYTEST_ARGS)

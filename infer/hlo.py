@@ -318,17 +318,23 @@ def copies(module: Module, computation: Computation, sizes: set[int], lengths: L
 def collectives(module: Module, computation: Computation, lengths: Lengths = None) -> dict[str, dict[str, int]]:
     """{kind: {"count", "bytes"}} in one run of a computation; bytes are those of the results on one chip.
 
-    One that is spread over several fusions, to go on beside what they compute, stands in each of them with its channel.
+    One that is spread over several fusions, to go on beside what they compute, stands in each with its channel; different
+    ones may share a channel too. An all-reduce of which each chip keeps a part is fused with the cut, and is a reduce-scatter.
     """
     found: dict[str, Counter[str]] = {kind: Counter() for kind in COLLECTIVES}
-    channels: set[str] = set()
+    spread: set[tuple[object, ...]] = set()
     for _, instruction, times in module.run(computation, lengths):
         inner = module.fused(instruction)
         for one in (instruction,) if inner is None else inner.instructions.values():
             kind, channel = one.opcode.removesuffix("-start"), one.attribute("channel_id")
-            if kind in found and channel not in channels:
-                channels |= set() if channel is None else {channel}
-                sizes = [shape.nbytes for shape in one.shapes]
+            same = (channel, kind, *((shape.dtype, shape.dims) for shape in one.shapes))
+            if kind in found and same not in spread:
+                if channel is not None and inner is not None:
+                    spread.add(same)
+                shapes = one.shapes
+                if inner is not None and kind == "all-reduce" and instruction.name.startswith("all-reduce-scatter"):
+                    kind, shapes = "reduce-scatter", instruction.shapes
+                sizes = [shape.nbytes for shape in shapes]
                 found[kind].update(count=times, bytes=times * (max(sizes) if one.opcode.endswith("-start") else sum(sizes)))
     return {kind: dict(counts) for kind, counts in found.items() if counts}
 

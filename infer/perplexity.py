@@ -6,6 +6,7 @@ python -m infer.perplexity --model PATH --text FILE
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import jax.numpy as jnp
@@ -13,6 +14,36 @@ import tyro
 
 import jaxlm
 from infer import session
+
+
+def score(model: jaxlm.Model, texts: Sequence[Sequence[int]], window: int, stride: int, batch: int) -> tuple[float, int]:
+    """The nats of all texts together, and of how many tokens: all but the first of each text, where no BOS stands before it.
+
+    Args:
+      texts: tokens, without special ones.
+      window, stride, batch: see `main`.
+    """
+    # A model that was trained with BOS in front sees it in front of every window; it is neither scored nor counted.
+    tokenizer = model.tokenizer
+    first = [tokenizer.bos_id] if tokenizer.encode("a")[:1] == [tokenizer.bos_id] else []
+    stride = min(stride, window - len(first))
+    windows = []
+    for tokens in texts:
+        # Each token is scored once, in the first window that holds it with something before it.
+        done = 1 - len(first)
+        for start in range(0, len(tokens), stride):
+            some = list(tokens[start:start + window - len(first)])
+            fresh = start + len(some) - max(done, start + 1 - len(first))
+            if fresh > 0:
+                windows.append((first + some, fresh))
+                done = start + len(some)
+    nats, scored = 0.0, 0
+    for place in range(0, len(windows), batch):
+        group = windows[place:place + batch]
+        for (_, fresh), scores in zip(group, jaxlm.score(model, [some for some, _ in group]), strict=True):
+            nats -= float(scores[-fresh:].astype("float64").sum())
+            scored += fresh
+    return nats, scored
 
 
 def main(model: str, text: pathlib.Path, window: int | None = None, stride: int | None = None, limit: int | None = None,
@@ -48,25 +79,8 @@ def main(model: str, text: pathlib.Path, window: int | None = None, stride: int 
     tokens = tokenizer.encode(content, add_special=False, parse_special=False)[:limit]
     if len(tokens) < 2:
         raise ValueError(f"{text} has {len(tokens)} tokens; a score needs two")
-    # A model that was trained with BOS in front sees it in front of every window; it is neither scored nor counted.
-    first = [tokenizer.bos_id] if tokenizer.encode("a")[:1] == [tokenizer.bos_id] else []
-    if stride + len(first) > window:
-        stride = window - len(first)
     began = time.perf_counter()
-    # Each token is scored once, in the first window that holds it with something before it.
-    windows, done = [], 1 - len(first)
-    for start in range(0, len(tokens), stride):
-        some = tokens[start:start + window - len(first)]
-        fresh = start + len(some) - max(done, start + 1 - len(first))
-        if fresh > 0:
-            windows.append((first + some, fresh))
-            done = start + len(some)
-    nats, scored = 0.0, 0
-    for place in range(0, len(windows), batch):
-        group = windows[place:place + batch]
-        for (_, fresh), scores in zip(group, jaxlm.score(loaded, [some for some, _ in group]), strict=True):
-            nats -= float(scores[-fresh:].astype("float64").sum())
-            scored += fresh
+    nats, scored = score(loaded, [tokens], window, stride, batch)
     seconds = time.perf_counter() - began
     # Bytes of the tokens read: with a limit, those of the text that they are.
     size = len(content.encode()) if limit is None else len(tokenizer.decode(tokens).encode())

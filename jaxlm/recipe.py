@@ -5,9 +5,11 @@ It is what a file in configs/ gives, and `Run` is what becomes of it: compiled, 
 
 import dataclasses
 import functools
+import hashlib
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
 from jaxlm import config, model, objectives, params, sharding
+from jaxlm.data.source import Source
 from jaxlm.data.stream import Batches, Phase, Plan
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokenizer_train import BytePairs
@@ -27,6 +30,7 @@ from jaxlm.training.step import Metrics, State, advance, begin
 REMAT = {"none": None, "full": jax.checkpoint_policies.nothing_saveable,
          "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+CHANGEABLE = ("objective", "phases")  # of what is known of a run: a checkpoint is of use with others, when that is meant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Recipe:
       seed: of weights, order and examples.
       checkpoint_every, evaluate_every: steps; None at the end only.
       evaluation_batches: read by an evaluation, always the same ones.
+      evaluation: what they ask, whatever is learned meanwhile. None is the next token of plain text, so that bits per byte are
+        those of the text; for encoders, the objective of the last phase.
     """
 
     model: config.Decoder
@@ -76,6 +82,7 @@ class Recipe:
     checkpoint_every: int | None = None
     evaluate_every: int | None = None
     evaluation_batches: int = 8
+    evaluation: Objective | None = None
 
     def __post_init__(self) -> None:
         if self.length > self.model.length:
@@ -88,6 +95,9 @@ class Recipe:
         if self.remat not in REMAT or self.dtype not in (None, *DTYPES):
             raise ValueError(f"remat is one of {', '.join(REMAT)}, dtype one of {', '.join(DTYPES)}, got {self.remat!r} and "
                              f"{self.dtype!r}")
+        axes = [axis for axis, _ in self.mesh]
+        if len(set(axes)) < len(axes):
+            raise ValueError(f"the mesh names an axis twice: {' '.join(f'{axis}={size}' for axis, size in self.mesh)}")
         if self.average is not None and not 0 < self.average < 1:
             raise ValueError(f"average is between 0 and 1, or None, got {self.average}")
         for one in self.objectives:
@@ -95,16 +105,57 @@ class Recipe:
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
-        """The objectives of all phases."""
+        """The objectives of all phases, then that of evaluations."""
+        learned = (self.objective,)
         if isinstance(self.objective, objectives.Schedule):
-            return tuple(one for one, _ in self.objective.phases)
-        return (self.objective,)
+            learned = tuple(one for one, _ in self.objective.phases)
+        default = learned[-1] if learned[-1].makes == "encoder" else objectives.CausalLM()
+        return (*learned, default if self.evaluation is None else self.evaluation)
 
     def about(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint of one recipe to be of use to another, as plain JSON."""
-        return {"model": config.to_dict(self.model), "optimizer": repr(self.optimizer.kind),
-                "frozen": list(self.optimizer.frozen), "average": self.average is not None, "rows": self.rows,
-                "length": self.length, "seed": self.seed, "cut": self.cut, "phases": len(self.phases)}
+        """What must be the same for a checkpoint of one recipe to be of use to another, as plain JSON; less `CHANGEABLE`, what
+        has to be. Of the optimizer that is what its moments depend on, not rates."""
+        one = self.optimizer
+        moments = {"kind": type(one.kind).__name__, "clip": one.clip is not None, "decay": bool(one.kind.weight_decay),
+                   "multipliers": bool(one.multipliers), "frozen": list(one.frozen)}
+        phases = [{"sources": [[_said(source), share] for source, share in phase.sources], "steps": phase.steps}
+                  for phase in self.phases]
+        return {"model": config.to_dict(self.model), "optimizer": moments, "average": self.average is not None,
+                "rows": self.rows, "length": self.length, "seed": self.seed, "cut": self.cut,
+                "objective": _said(self.objective), "phases": phases}
+
+
+def _said(one: Any) -> str:
+    """As Python shows it, without the addresses of what has no form of its own: they are others in every process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(one))
+
+
+def identity(tokenizer: Tokenizer) -> str:
+    """A tokenizer's size and a hash of what it does: its tokens, the one that ends documents, how it cuts a sample. Files that
+    another version has written say the same."""
+    sample = "The 1st line, THEN: x_1 += 23.50\n\n\tdef naïve(é):  # 日本語 🙂\r\n"
+    does = tokenizer.token_bytes(), tokenizer.eos_id, tokenizer.encode(sample, parse_special=False)
+    return f"{tokenizer.size} tokens, {hashlib.blake2b(repr(does).encode(), digest_size=8).hexdigest()}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Opened(Source):
+    """Documents that were opened before."""
+
+    documents: Sequence[str]
+
+    def open(self) -> Sequence[str]:
+        """They themselves."""
+        return self.documents
+
+
+def _opened(phase: Phase) -> Phase:
+    """The phase with its sources open, and the first document of each read: what is wrong with them is known now."""
+    def opened(source: Source) -> _Opened:
+        documents = source.open()
+        documents[0]
+        return _Opened(documents)
+    return dataclasses.replace(phase, sources=tuple((opened(source), share) for source, share in phase.sources))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,27 +210,26 @@ class Program:
     @property
     def prefixes(self) -> bool:
         """Whether examples may begin with what all of them may see; encoders see everything as it is."""
-        def may(one: Objective) -> bool:
-            inner = getattr(one, "objectives", None) or ((one.objective,) if hasattr(one, "objective") else ())
-            return isinstance(one, objectives.AsText) or any(map(may, inner))
-        return any(map(may, self.recipe.objectives))
+        return any(one.prefixes and one.makes == "decoder" for one in self.recipe.objectives)
 
     @property
     def flops_per_token(self) -> float:
         """Of a step of training, without what remat adds: 6 for every weight in a product, and attention's own products.
 
-        Reference: Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311; here causal scores count half.
+        Reference: Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311; here causal scores count half, and of
+        windows what lies in them.
         """
         scores = 0
         for block in self.recipe.model.stack.blocks():
-            seen = min(self.recipe.length, block.attention.window or self.recipe.length)
-            scores += 2 * block.attention.heads * block.attention.head_width * seen / (2 if block.attention.causal else 1)
+            window = min(self.recipe.length, block.attention.window or self.recipe.length)
+            behind = window - window**2 / (2 * self.recipe.length)  # the mean: a row's first tokens have fewer before them
+            scores += 2 * block.attention.heads * block.attention.head_width * behind * (1 if block.attention.causal else 2)
         return 6.0 * (model.products(self.recipe.model) + scores)
 
     def loss(self, params: PyTree, batch: Mapping[str, Array], key: Key[Array, ""]) -> objectives.Loss:
         """The recipe's loss of a batch."""
         one = self.recipe
-        return text.loss(params, one.model, batch, key, sizes=self.sizes, prefixes=self.prefixes, smoothing=one.smoothing,
+        return text.loss(params, one.model, batch, sizes=self.sizes, prefixes=self.prefixes, smoothing=one.smoothing,
                          z=one.z, dtype=self.dtype, remat=REMAT[one.remat])
 
     def step(self, skip: bool = False) -> Callable[[State, PyTree], tuple[State, Metrics]]:
@@ -250,6 +300,7 @@ class Run(Program):
 
     Attributes:
       tokenizer: loaded.
+      phases, held_out: the recipe's, opened.
     """
 
     def __init__(self, recipe: Recipe, devices: Any = None) -> None:
@@ -258,6 +309,8 @@ class Run(Program):
           ValueError: as `Program`, for data that is not there, and for a tokenizer with more tokens than the model.
         """
         super().__init__(recipe, devices)
+        self.phases = tuple(map(_opened, recipe.phases))
+        self.held_out = None if recipe.held_out is None else _opened(recipe.held_out)
         directory = recipe.tokenizer.directory() if isinstance(recipe.tokenizer, BytePairs) else pathlib.Path(recipe.tokenizer)
         self.tokenizer = Tokenizer.from_directory(directory)
         vocabulary = recipe.model.embedding.vocabulary
@@ -267,11 +320,15 @@ class Run(Program):
         self.sizes = np.zeros(vocabulary, np.int32)
         self.sizes[:self.tokenizer.size] = [len(token) for token in self.tokenizer.token_bytes()]
 
+    def about(self) -> dict[str, Any]:
+        """As the recipe's, with the tokenizer."""
+        return {"tokenizer": identity(self.tokenizer), **self.recipe.about()}
+
     @functools.cached_property
     def plan(self) -> Plan:
         """Of the batches."""
         one = self.recipe
-        return Plan(one.phases, _Encoder(self.tokenizer), _At(one.objective), one.rows, one.length, one.seed, one.cut)
+        return Plan(self.phases, _Encoder(self.tokenizer), _At(one.objective), one.rows, one.length, one.seed, one.cut)
 
     @functools.cached_property
     def rows(self) -> list[int]:
@@ -313,9 +370,9 @@ class Run(Program):
     def evaluation(self) -> Callable[[PyTree], dict[str, float]] | None:
         """Loss, accuracy and bits per byte on the held-out batches, the same every time; None without any."""
         one = self.recipe
-        if one.held_out is None:
+        if self.held_out is None:
             return None
-        plan = dataclasses.replace(self.plan, phases=(one.held_out,), seed=one.seed + 1)
+        plan = dataclasses.replace(self.plan, phases=(self.held_out,), objective=_At(one.objectives[-1]), seed=one.seed + 1)
         with Batches(plan, self.rows, ahead=0) as found:
             kept = [self.place(next(found)) for _ in range(one.evaluation_batches)]
         for batch in kept:

@@ -66,7 +66,7 @@ def mesh(*, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
     if len(open_axes) > 1:
         raise ValueError(f"only one mesh axis may be -1, got {', '.join(open_axes)}")
     if open_axes:
-        sizes[open_axes[0]] = len(devices) // math.prod(size for size in sizes.values() if size != -1)
+        sizes[open_axes[0]] = max(len(devices) // math.prod(size for size in sizes.values() if size != -1), 1)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if math.prod(shape) != len(devices):
         raise ValueError(f"mesh sizes {dict(zip(AXES, shape, strict=True))} need {math.prod(shape)} devices, "

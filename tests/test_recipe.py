@@ -13,9 +13,10 @@ import pytest
 from jaxlm import config, objectives, params, sharding
 from jaxlm.data.source import JsonLines
 from jaxlm.data.stream import Batches, Phase
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokenizer_train import save, train
-from jaxlm.objectives import AsText, CausalLM, FillInTheMiddle, MaskedLM, PrefixLM, SpanCorruption
-from jaxlm.recipe import Recipe, Run
+from jaxlm.objectives import AsPrefix, AsText, CausalLM, FillInTheMiddle, MaskedLM, PrefixLM, SpanCorruption
+from jaxlm.recipe import Program, Recipe, Run, identity
 from jaxlm.training.optimizer import Adafactor, AdamW, Lion, Muon, Optimizer
 from jaxlm.training.schedule import Constant, Cosine
 from tests import tiny
@@ -151,6 +152,86 @@ def test_evaluation_is_the_same_whatever_is_being_learned(files):
     assert found["loss"] == pytest.approx(math.log(VOCABULARY + 20), rel=0.1)
 
 
+def test_evaluation_asks_one_thing_whatever_the_schedule(files):
+    """The next token of plain text, unless told otherwise."""
+    def found(objective, **fields):
+        run = Run(recipe(files, objective=objective, mesh=(), **fields), jax.devices()[:1])
+        with jax.set_mesh(run.mesh):
+            return run.evaluation()(run.begin().params)
+
+    plain = found(CausalLM())
+    schedule = objectives.Schedule(((AsText(PrefixLM()), 1), (CausalLM(), 1), (AsText(PrefixLM()), None)))
+    assert found(schedule) == pytest.approx(plain, rel=1e-5)
+    other = found(CausalLM(), evaluation=AsText(PrefixLM()))
+    assert abs(other["loss"] - plain["loss"]) > 1e-4
+
+
+def test_what_evaluations_ask_of_encoders(files):
+    encoder = tiny.decoder([tiny.block(causal=False)] * 2, embedding=config.Embedding(VOCABULARY + 20))
+    often, seldom = MaskedLM(PREFIX, VOCABULARY, rate=0.3), MaskedLM(PREFIX, VOCABULARY, rate=0.1)
+    assert recipe(files, model=encoder, objective=objectives.Schedule(((often, 3), (seldom, None)))).objectives[-1] is seldom
+    assert recipe(files, model=encoder, objective=often, evaluation=seldom).objectives == (often, seldom)
+    with pytest.raises(ValueError, match=r"Attention\(causal=False\)"):
+        recipe(files, evaluation=seldom)
+
+
+def test_what_a_checkpoint_must_agree_with(files, tmp_path):
+    about = recipe(files).about()
+    assert json.loads(json.dumps(about)) == about
+
+    def differs(**fields):
+        other = recipe(files, **fields).about()
+        return [name for name in about if other[name] != about[name]]
+
+    adam = AdamW(weight_decay=0.05, b2=0.99)
+    assert differs(optimizer=Optimizer(adam, Constant(1e-3), clip=0.5), steps=5, pieces=2, z=1e-4, held_out=None) == []
+    for given in ({"kind": Lion()}, {"clip": None}, {"multipliers": (("head/*", 2.0),)}, {"kind": AdamW(weight_decay=0.0)},
+                  {"frozen": ("embedding/*",)}):
+        assert differs(optimizer=Optimizer(**({"kind": AdamW(), "schedule": Constant(1e-3)} | given))) == ["optimizer"], given
+    assert differs(objective=AsText(PrefixLM())) == ["objective"]
+    source = JsonLines(str(files / "*.jsonl"))
+    assert differs(phases=(Phase(((source, 1.0),)),)) == ["phases"]
+
+
+class Unnamed(JsonLines):
+    """A source without a form of its own."""
+
+    __repr__ = object.__repr__
+
+
+def test_addresses_are_no_difference(files):
+    one, two = Unnamed("a"), Unnamed("a")
+    assert repr(one) != repr(two)
+    assert recipe(files, phases=(Phase(((one, 1),)),)).about() == recipe(files, phases=(Phase(((two, 1),)),)).about()
+
+
+def test_a_tokenizer_is_what_it_does(files, tmp_path):
+    ours = Tokenizer.from_directory(files / "tokenizer")
+    ours.save(tmp_path / "saved")
+    assert identity(Tokenizer.from_directory(tmp_path / "saved")) == identity(ours)
+    assert identity(ours).startswith(f"{VOCABULARY} tokens, ")
+    found = {identity(ours)}
+    for special, documents in ((SPECIAL, ["other words altogether"] * 9), (SPECIAL[::-1], ["1 apples"])):
+        save(train(documents, VOCABULARY, special), tmp_path / special[0], special[0])
+        found.add(identity(Tokenizer.from_directory(tmp_path / special[0])))
+    settings = json.loads((files / "tokenizer" / "tokenizer.json").read_text())
+    settings["pre_tokenizer"]["add_prefix_space"] = True  # the same tokens, another cut
+    (tmp_path / "saved" / "tokenizer.json").write_text(json.dumps(settings))
+    found.add(identity(Tokenizer.from_directory(tmp_path / "saved")))
+    assert len(found) == 4
+    assert Run(recipe(files, mesh=()), jax.devices()[:1]).about()["tokenizer"] == identity(ours)
+
+
+@pytest.mark.parametrize("field", ["phases", "held_out"])
+def test_data_is_looked_at_first(files, field):
+    """Before the weights, and before a tokenizer is made of other data."""
+    for source, says in ((JsonLines("nowhere.jsonl"), "no file matches 'nowhere.jsonl'"),
+                         (JsonLines(str(files / "text.jsonl"), "body"), "no field 'body'")):
+        phase = Phase(((source, 1.0),))
+        with pytest.raises(ValueError, match=says):
+            Run(recipe(files, tokenizer="nowhere", **{field: (phase,) if field == "phases" else phase}))
+
+
 def test_an_average_follows(files):
     run = Run(recipe(files, mesh=(), average=0.9), jax.devices()[:1])
     before = jax.tree.map(np.asarray, run.begin().params)
@@ -163,7 +244,20 @@ def test_what_training_costs(files):
     """Counted by hand: 6 FLOPs for each weight in a product and token, and for each pair of scores and values."""
     run = Run(recipe(files, mesh=()), jax.devices()[:1])
     layer = 16 * 32 + 2 * 16 * 16 + 32 * 16 + 3 * 16 * 24
-    assert run.flops_per_token == 6 * (2 * layer + (VOCABULARY + 20) * 16 + 2 * 2 * 32 * 32 / 2)
+    products = 2 * layer + (VOCABULARY + 20) * 16
+    assert run.flops_per_token == 6 * (products + 2 * 2 * 32 * 32 / 2)
+    scores = {}
+    for causal in (True, False):
+        for window in (1, 8, 31, 32, 40, None):
+            blocks = [tiny.block(window=window, causal=causal)] * 2
+            model = tiny.decoder(blocks, embedding=config.Embedding(VOCABULARY + 20))
+            objective = CausalLM() if causal else MaskedLM(PREFIX, VOCABULARY)
+            program = Program(recipe(files, mesh=(), model=model, objective=objective), jax.devices()[:1])
+            scores[causal, window] = (program.flops_per_token / 6 - products) / (2 * 2 * 32)
+            seen = np.abs(np.arange(32)[:, None] - np.arange(32)) < (window or 32)
+            exact = (np.tril(seen) if causal else seen).sum() / 32
+            assert scores[causal, window] == pytest.approx(exact, abs=1)
+    assert scores[True, 32] == scores[True, 40] == scores[True, None] == 16 and scores[False, None] == 32
 
 
 @pytest.mark.parametrize(("fields", "says"), [
@@ -182,6 +276,7 @@ def test_what_does_not_fit_together(files, fields, says):
 @pytest.mark.parametrize(("fields", "says"), [
     ({"length": 65}, "65 tokens are longer than the model's context of 64"), ({"steps": 0}, "at least 1"),
     ({"rows": 8, "pieces": 3}, "8 rows cannot be taken in 3 pieces"),
+    ({"mesh": (("data", 1), ("data", 7))}, "names an axis twice: data=1 data=7"),
     ({"remat": "some"}, "remat is one of none, full, products"),
     ({"average": 1.0}, "between 0 and 1"), ({"objective": PrefixLM()}, r"AsText\(PrefixLM\(\.\.\.\)\)"),
     ({"objective": MaskedLM(1, 300)}, r"Attention\(causal=False\)"),
@@ -203,3 +298,58 @@ def test_the_step_stays_on_the_devices(files):
     state = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
                 for leaf in jax.tree.leaves(run.abstract()) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
     assert memory.alias_size_in_bytes >= state
+
+
+@functools.cache
+def _alone_in_bfloat16(files):
+    return losses(Run(recipe(files, dtype="bfloat16", mesh=()), jax.devices()[:1]), 4)[0]
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"data": 2, "model": 2}], ids=str)
+def test_a_mesh_gives_the_losses_of_one_device_in_bfloat16_too(files, mesh):
+    found, *_ = losses(Run(recipe(files, dtype="bfloat16", mesh=tuple(mesh.items())), jax.devices()[:4]), 4)
+    want = _alone_in_bfloat16(files)
+    assert want[-1] < 0.99 * want[0]
+    np.testing.assert_allclose(found, want, rtol=2e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Own(objectives.Objective):
+    """A user's, whose examples are prefixes and nothing else."""
+
+    makes = "decoder"
+
+    def example(self, tokens, random):
+        return CausalLM().example(tokens, random)._replace(prefix=1)
+
+
+class _Declared(_Own):
+    prefixes = True
+
+
+@pytest.mark.parametrize(("objective", "prefixes"), [
+    (CausalLM(), False), (AsPrefix(MaskedLM(PREFIX, VOCABULARY)), True), (_Declared(), True),
+    (objectives.Mode(SUFFIX, _Declared()), True), (objectives.Mixture((CausalLM(), AsText(PrefixLM())), (1.0, 1.0)), True),
+    (objectives.Schedule(((CausalLM(), 1), (_Declared(), None))), True)])
+def test_which_steps_look_for_prefixes(files, objective, prefixes):
+    program = Program(recipe(files, objective=objective, mesh=()), jax.devices()[:1])
+    assert program.prefixes == ("prefix" in program.batch_shardings()) == prefixes
+
+
+def test_encoders_need_not_look_for_prefixes(files):
+    encoder = tiny.decoder([tiny.block(causal=False)] * 2, embedding=config.Embedding(VOCABULARY + 20))
+    found = recipe(files, model=encoder, objective=MaskedLM(PREFIX, VOCABULARY), mesh=())
+    assert not Program(found, jax.devices()[:1]).prefixes
+
+
+def test_a_prefix_that_is_not_declared_is_an_error(files):
+    with (pytest.raises(ValueError, match=r"_Own made an example with a prefix of 1 tokens, and _Own.prefixes says"),
+          Run(recipe(files, objective=_Own(), mesh=()), jax.devices()[:1]).batches() as batches):
+        next(batches)
+
+
+def test_a_decoder_learns_the_next_token_and_then_what_is_hidden(files):
+    masked = AsPrefix(MaskedLM(PREFIX, VOCABULARY, rate=0.3, never=(END,)))
+    run = Run(recipe(files, objective=objectives.Schedule(((CausalLM(), 3), (masked, None))), mesh=()), jax.devices()[:1])
+    found, *_ = losses(run, 15)
+    assert found[-1] < 0.85 * found[3]

@@ -56,6 +56,7 @@ def test_every_param_and_the_cache_have_rules():
     ({"tensor": 8}, "no mesh axis is called tensor; the axes are data, fsdp, expert, sequence, model"),
     ({"data": 3}, "need 3 devices, there are 8"),
     ({"data": 3, "model": -1}, "need 6 devices, there are 8"),
+    ({"data": 16, "model": -1}, "need 16 devices, there are 8"),
     ({"data": -1, "model": -1}, "only one mesh axis may be -1, got data, model"),
     ({"data": 0, "model": -1}, "the size of mesh axis 'data' must be positive, or -1 for what is left, got 0"),
     ({"data": -2, "model": -4}, "the size of mesh axis 'data' must be positive"),

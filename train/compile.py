@@ -22,7 +22,7 @@ from infer import compile as slices  # it says to jax that no accelerator of thi
 from infer import hlo, session
 from jaxlm import params, sharding
 from jaxlm.recipe import Program, Recipe
-from train.__main__ import read, read_mesh
+from train.__main__ import changed, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +49,6 @@ class Arguments:
     """Look for the largest batch that fits, and with it the remat that computes least again."""
     json: bool = False
     """Print one JSON object on the last line of standard output, and the table for people on standard error."""
-
-
-def changed(recipe: Recipe, arguments: Arguments) -> Recipe:
-    """The recipe with what the command line says otherwise."""
-    names = ("rows", "length", "pieces", "remat")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if arguments.mesh:
-        given["mesh"] = read_mesh(arguments.mesh)
-    return dataclasses.replace(recipe, **given)
 
 
 def facts(recipe: Recipe, topology: str, count: int = 1) -> dict[str, Any]:
@@ -91,25 +82,37 @@ def _bytes(tree: PyTree) -> int:
 
 
 def search(recipe: Recipe, topology: str, count: int, console: Any) -> dict[str, Any]:
-    """The largest batch that fits with everything computed again, doubling from the least that the mesh allows, then the
-    remat that computes least again with that batch."""
+    """The largest batch that fits with everything computed again, then the remat that computes least again with that batch.
+
+    Batches are multiples of the least that the mesh allows: doubled until one does not fit, then halved between the two until
+    they are within an eighth.
+
+    Returns:
+      the facts of the best; those of the least batch where not even that fits.
+    """
     shape = sharding.mesh(devices=slices.devices(topology, count), **dict(recipe.mesh)).shape
     ways = shape["data"] * shape["fsdp"] * recipe.pieces
-    best, rows = None, ways
-    while True:
-        tried = facts(dataclasses.replace(recipe, rows=rows, remat="full"), topology, count)
-        console.print(f"{rows} rows, remat full: {'fits' if tried['fits'] else 'does not fit'}, {_gib(tried['needed_bytes'])}")
-        if not tried["fits"]:
-            break
-        best, rows = tried, 2 * rows
-    if best is None:
-        return tried
+
+    def attempt(times: int, remat: str) -> dict[str, Any]:
+        found = facts(dataclasses.replace(recipe, rows=times * ways, remat=remat), topology, count)
+        console.print(f"{found['rows']} rows, remat {remat}: {'fits' if found['fits'] else 'does not fit'}, "
+                      f"{_gib(found['needed_bytes'])}")
+        return found
+
+    best, low, high = attempt(1, "full"), 1, None
+    if not best["fits"]:
+        return best
+    while high is None or 8 * (high - low) > low and high - low > 1:
+        times = 2 * low if high is None else (low + high) // 2
+        found = attempt(times, "full")
+        if found["fits"]:
+            best, low = found, times
+        else:
+            high = times
     for remat in ("none", "products"):  # in the order of what they save
-        tried = facts(dataclasses.replace(recipe, rows=best["rows"], remat=remat), topology, count)
-        console.print(f"{best['rows']} rows, remat {remat}: {'fits' if tried['fits'] else 'does not fit'}, "
-                      f"{_gib(tried['needed_bytes'])}")
-        if tried["fits"]:
-            return tried
+        found = attempt(low, remat)
+        if found["fits"]:
+            return found
     return best
 
 

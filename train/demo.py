@@ -19,7 +19,7 @@ import tyro
 from rich.table import Table
 
 import jaxlm
-from infer import generate, session
+from infer import generate, perplexity, session
 from infer.demo import comparison
 from jaxlm.data.code import Code
 from jaxlm.data.tokenizer import Tokenizer
@@ -60,12 +60,22 @@ def last_lines(tokenizer: Tokenizer, text: str, most: int) -> list[int]:
     return kept
 
 
-def measured(found: float, read: int) -> Table:
-    """The model's bits per byte of the held-out files beside those of what it has to beat."""
+def measured(model: jaxlm.Model, window: int, read: int) -> Table:
+    """Bits per byte of the held-out files, each by itself and whole, beside those of what the model has to beat.
+
+    Args:
+      window: tokens that the model reads at once; every other half of one is context only.
+      read: tokens that it was trained on.
+    """
     sources = Code("train").open(), Code("validation").open()
     train, held_out = ([source[i] for i in range(len(source))] for source in sources)
+    texts = [model.tokenizer.encode(text, add_special=False, parse_special=False) for text in held_out]
+    nats, scored = perplexity.score(model, texts, window, window // 2, batch=16)
+    # The first token of a file, of which nothing is known, counts as much as the others do.
+    bytes_per_token = sum(len(text.encode()) for text in held_out) / sum(map(len, texts))
     table = Table("held-out files", "bits per byte", "from")
-    table.add_row("this model", f"{found:.3f}", f"{read / 1e6:.1f} MB read")
+    found = nats / scored / math.log(2) / bytes_per_token
+    table.add_row("this model", f"{found:.3f}", f"{read * bytes_per_token / 1e6:.1f} MB read")
     table.add_row("5-grams of bytes, Kneser-Ney", f"{baselines.kneser_ney(train, held_out):.3f}",
                   f"{sum(len(text.encode()) for text in train) / 1e6:.1f} MB, all there is")
     for name, bits in baselines.compressors(held_out).items():
@@ -95,11 +105,9 @@ def main(out: pathlib.Path = pathlib.Path("runs/demo"), steps: int | None = None
     if done.step < recipe.steps:
         console.print("stopped early: the same command goes on")
         return
-    if done.evaluation is not None:
-        per_token = done.evaluation["loss"] / done.evaluation["bits_per_byte"] / math.log(2)
-        console.print(measured(done.evaluation["bits_per_byte"], int(recipe.steps * recipe.rows * recipe.length * per_token)))
     console.print(f"the curve is in {out / 'loss.png'}")
     model = jaxlm.Model(recipe.model, jax.device_get(done.state.params), job.tokenizer)
+    console.print(measured(model, recipe.length, recipe.steps * recipe.rows * recipe.length))
     arguments = generate.Arguments(model=str(out), max_new_tokens=max_new_tokens)
     for prompt in prompts([unseen[i] for i in range(len(unseen))], 2):
         tokens = last_lines(model.tokenizer, prompt, recipe.length - max_new_tokens)

@@ -26,8 +26,8 @@ class Arguments:
     vocabulary: int = 8192
     """Tokens at most, the 256 bytes and the special ones among them."""
     files: tuple[str, ...] = ()
-    """Patterns of files: .jsonl has a document per line, .parquet per row, any other file is a document. Default: the source
-    code of Python's standard library."""
+    """Patterns of files: .jsonl and .json have a document per line, .parquet per row, any other file is one. Default: the
+    source code of Python's standard library."""
     field: str = "text"
     """Of JSON lines and Parquet files."""
     special: tuple[str, ...] = (END,)

@@ -124,6 +124,8 @@ class Code(Source):
         """Made, then read as TensorFlow Datasets reads it."""
         if self.folder is None:
             folder, name = sysconfig.get_paths()["stdlib"], f"python_{platform.python_version()}"
+            if self.endings != (".py",):
+                name += "_" + hashlib.blake2b(repr(self.endings).encode(), digest_size=8).hexdigest()
         else:
             folder = os.path.abspath(os.path.expanduser(self.folder))
             if not os.path.isdir(folder):

@@ -6,9 +6,12 @@ makes which rows, nor how many workers help. Where a row is, is a few integers, 
 go on from there.
 """
 
+import contextlib
 import dataclasses
+import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, Protocol
 
 import grain
@@ -31,12 +34,21 @@ class Example(Protocol):
     prefix: int
 
 
+class Pair(Protocol):
+    """The same of an example for an encoder-decoder: see `jaxlm.objectives.Pair`."""
+
+    inputs: Int[np.ndarray, " n"]
+    targets: Int[np.ndarray, " m"]
+
+
 class Objective(Protocol):
     """What packing asks of an objective: see `jaxlm.objectives.Objective`."""
 
+    makes: str
     overlap: int
+    prefixes: bool
 
-    def example(self, tokens: Int[np.ndarray, " n"], random: np.random.Generator) -> Example:
+    def example(self, tokens: Int[np.ndarray, " n"], random: np.random.Generator) -> Example | Pair:
         """An example of a piece of a document; as long or longer the longer the piece is.
 
         Raises:
@@ -70,11 +82,29 @@ def mixture(phase: Phase, *seed: int) -> grain.MapDataset:
     Raises:
       ValueError: as `Source.open`.
     """
+    return _mix(phase, [source.open() for source, _ in phase.sources], *seed)
+
+
+def _mix(phase: Phase, opened: Sequence[Any], *seed: int) -> grain.MapDataset:
     datasets = []
-    for place, (source, _) in enumerate(phase.sources):
+    for place, documents in enumerate(opened):
         order = int(np.random.SeedSequence((*seed, place)).generate_state(1)[0])
-        datasets.append(grain.MapDataset.source(source.open()).shuffle(seed=order).repeat(None))
+        datasets.append(grain.MapDataset.source(documents).shuffle(seed=order).repeat(None))
     return grain.MapDataset.mix(datasets, weights=[share for _, share in phase.sources]) if len(datasets) > 1 else datasets[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """In place of a source's documents, what they are called: (source, number)."""
+
+    source: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> tuple[int, int]:
+        return self.source, int(index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +116,8 @@ class Plan:
       encode: a document's tokens, with those of its beginning and end.
       objective: of a step, counted from 0.
       rows: of the global batch.
-      length: tokens of a row.
+      length: tokens of a row; of pairs, of a row of targets.
+      inputs: tokens of a row of inputs, for objectives that make pairs; None for those that make texts.
       seed: of the order and of whatever objectives draw.
       cut: fill rows by cutting documents. Without, documents that do not fit any more begin the next row, and what is longer
         than a row is dropped behind it.
@@ -99,14 +130,20 @@ class Plan:
     length: int
     seed: int = 0
     cut: bool = True
+    inputs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.phases or any(phase.steps is None for phase in self.phases[:-1]):
             raise ValueError("a plan has phases, all but the last of so many steps")
-        if min(self.rows, self.length) < 1:
-            raise ValueError(f"a batch has at least one row of one token, got {self.rows} of {self.length}")
+        if min(self.rows, *self.lengths) < 1:
+            raise ValueError(f"a batch has at least one row of one token, got {self.rows} of {self.lengths}")
         if self.seed < 0:
             raise ValueError(f"a seed is not negative, got {self.seed}")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of a row: of one of inputs and one of targets where examples are pairs."""
+        return (self.length,) if self.inputs is None else (self.inputs, self.length)
 
     @property
     def width(self) -> int:
@@ -125,6 +162,12 @@ class Plan:
             step -= phase.steps or 0
         return len(self.phases) - 1
 
+    def document(self, row: int, phase: int, count: int) -> int:
+        """Where in the phase's mixture the document is that a row reads after so many."""
+        # Sources alternate: always the same place among B documents would be always the same source.
+        turn = int(np.random.default_rng((self.seed, phase, count)).integers(self.rows))
+        return self.rows * count + (row + turn) % self.rows
+
 
 Batch = Mapping[str, np.ndarray]
 
@@ -141,28 +184,32 @@ class _Filler:
     def next(self) -> dict[str, np.ndarray]:
         """The rows of the next step."""
         objective, phase = self.plan.objective(self.step), self.plan.phase(self.step)
+        if (objective.makes == "pair") != (self.plan.inputs is not None):
+            kind = "pairs" if objective.makes == "pair" else "texts"
+            raise ValueError(f"{type(objective).__name__} makes {kind}: a plan says how long inputs are (Plan.inputs) for "
+                             "pairs, and for pairs alone")
         if self.step and phase != self.plan.phase(self.step - 1):
             for row in self.rows:
                 self.state[row][-1] = 0  # the last phase's documents are left where they are
+        before = np.array([self.state[row] for row in self.rows], np.int32)
         made = [self._row(row, objective, phase) for row in self.rows]
         self.step += 1
         batch = {name: np.stack([one[name] for one in made]) for name in made[0]}
-        return batch | {"state": np.array([self.state[row] for row in self.rows], np.int32)}
+        return batch | {"before": before, "state": np.array([self.state[row] for row in self.rows], np.int32)}
 
     def _row(self, row: int, objective: Objective, phase: int) -> dict[str, np.ndarray]:
-        length = self.plan.length
-        out = {"tokens": np.zeros(length, np.int32), "targets": np.zeros(length, np.int32),
-               "weights": np.zeros(length, np.float32), "segments": np.zeros(length, np.int32),
-               "prefix": np.zeros(length, np.int32)}
-        used, segment, empty, least = 0, 0, 0, min(_LEAST, length // 8)
+        lengths = self.plan.lengths
+        out = {name: np.zeros(size, np.float32 if name == "weights" else np.int32)
+               for names, size in zip(_NAMES[len(lengths)], lengths, strict=True) for name in names}
+        used, segment, empty, least = [0] * len(lengths), 0, 0, min(_LEAST, min(lengths) // 8)
         state = self.state[row]
-        while used < length:
+        while all(part < size for part, size in zip(used, lengths, strict=True)):
             tokens, document = self._document(row, phase)
-            rest, room = tokens[state[-1]:], length - used
+            rest, rooms = tokens[state[-1]:], [size - part for part, size in zip(used, lengths, strict=True)]
             made, reason = None, None
             if len(rest) >= 2:
                 try:
-                    made = self._example(objective, (*document, state[-1]), rest, room)
+                    made = self._example(objective, (*document, state[-1]), rest, rooms)
                 except ValueError as error:
                     reason = error
             if made is None:
@@ -173,17 +220,20 @@ class _Filler:
                     raise ValueError(f"there is nothing to learn from {_MAX_EMPTY} documents in a row: {why}") from reason
                 continue
             example, taken = made
-            if taken < len(rest) and used and (not taken or room < least or not self.plan.cut):
+            if taken < len(rest) and segment and (not taken or min(rooms) < least or not self.plan.cut):
                 break
             if not taken:
-                raise ValueError(f"rows of {length} tokens hold no example of {type(objective).__name__}, however short the "
-                                 "document")
-            size, end = len(example.tokens), used + len(example.tokens)
+                raise ValueError(f"rows of {' and '.join(map(str, lengths))} tokens hold no example of "
+                                 f"{type(objective).__name__}, however short the document")
+            if len(lengths) == 1 and example.prefix and not objective.prefixes:
+                name = type(objective).__name__
+                raise ValueError(f"{name} made an example with a prefix of {example.prefix} tokens, and {name}.prefixes says "
+                                 "that none has: it must be True")
             segment, empty = segment + 1, 0
-            for name in ("tokens", "targets", "weights"):
-                out[name][used:end] = getattr(example, name)
-            out["segments"][used:end], out["prefix"][used:end] = segment, min(example.prefix, size)
-            used = end
+            for place, arrays in enumerate(_arrays(example, segment)):
+                start, used[place] = used[place], used[place] + len(next(iter(arrays.values())))
+                for name, values in arrays.items():
+                    out[name][start:used[place]] = values
             if taken == len(rest) or not self.plan.cut:
                 state[phase], state[-1] = state[phase] + 1, 0
             else:
@@ -192,28 +242,41 @@ class _Filler:
 
     def _document(self, row: int, phase: int) -> tuple[np.ndarray, tuple[int, int]]:
         """The tokens of the row's current document, and what it is called."""
-        rows, count = self.plan.rows, self.state[row][phase]
+        count = self.state[row][phase]
         if self.read.get(row, (None,))[0] != (phase, count):
-            # Sources alternate: always the same place among B documents would be always the same source.
-            turn = int(np.random.default_rng((self.plan.seed, phase, count)).integers(rows))
-            index = rows * count + (row + turn) % rows
+            index = self.plan.document(row, phase, count)
             tokens = np.asarray(self.plan.encode(self.documents[phase][index]), np.int32)
             self.read[row] = ((phase, count), tokens, index)
         _, tokens, index = self.read[row]
         return tokens, (phase, index)
 
     def _example(self, objective: Objective, piece: tuple[int, int, int], rest: np.ndarray,
-                 room: int) -> tuple[Example | None, int]:
+                 rooms: Sequence[int]) -> tuple[Example | Pair | None, int]:
         """The example of as much of a document as fits, and how much that is; none where nothing does."""
-        taken = min(len(rest), room + 1)
+        taken = min(len(rest), sum(rooms) + 1)
         while True:
             example = objective.example(rest[:taken], np.random.default_rng((self.plan.seed, *piece)))
-            over = len(example.tokens) - room
+            sizes = [len(next(iter(arrays.values()))) for arrays in _arrays(example, 0)]
+            over = max(size - room for size, room in zip(sizes, rooms, strict=True))
             if over <= 0:
                 return example, taken
             if taken == 2:
                 return None, 0
             taken = max(taken - over, 2)
+
+
+# A batch's arrays, by how many sequences an example has.
+_NAMES = {1: (("tokens", "targets", "weights", "segments", "prefix"),),
+          2: (("inputs", "input_segments"), ("targets", "weights", "segments"))}
+
+
+def _arrays(example: Example | Pair, segment: int) -> tuple[dict[str, Any], ...]:
+    """What an example puts into a batch, for each of its sequences; every token of a pair's targets is asked."""
+    if hasattr(example, "inputs"):
+        return ({"inputs": example.inputs, "input_segments": segment},
+                {"targets": example.targets, "weights": 1.0, "segments": segment})
+    return ({"tokens": example.tokens, "targets": example.targets, "weights": example.weights, "segments": segment,
+             "prefix": min(example.prefix, len(example.tokens))},)
 
 
 class _Rows(grain.IterDataset):
@@ -251,7 +314,8 @@ class Batches(Iterator[Batch]):
     """Some rows of every batch from a step on, without end. Closing it ends its threads and processes, as a program's end does.
 
     Batches are of tokens, targets, segments (from 1, 0 is padding) and prefix (tokens of the segment's beginning that all of it
-    may see), int32 [R, T]; weights, float32 [R, T]; and state, int32 [R, K].
+    may see), int32 [R, T]; weights, float32 [R, T]; state, int32 [R, K], and the same before the batch. Batches of pairs have
+    inputs and input_segments, int32 [R, N], beside targets, weights and segments: a pair is the same segment of both.
     """
 
     def __init__(self, plan: Plan, rows: Sequence[int] | None = None, *, state: Int[np.ndarray, "B K"] | None = None,
@@ -274,19 +338,28 @@ class Batches(Iterator[Batch]):
             raise ValueError(f"the state of these batches is of shape {(plan.rows, plan.width)}, got {state.shape}: it is of "
                              "batches of another size or of other phases")
         # Opened here, once, for all workers.
-        documents = [mixture(phase, plan.seed, index) for index, phase in enumerate(plan.phases)]
-        self.count = len(rows)
+        opened = [[source.open() for source, _ in phase.sources] for phase in plan.phases]
+        names = [[_Names(place, len(one)) for place, one in enumerate(part)] for part in opened]
+
+        def mixed(parts: Sequence[Sequence[Any]]) -> list[grain.MapDataset]:
+            return [_mix(phase, part, plan.seed, index)
+                    for index, (phase, part) in enumerate(zip(plan.phases, parts, strict=True))]
+
+        documents, self.names = mixed(opened), mixed(names)
+        self.plan, self.rows = plan, rows
         if workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain's processes read their settings there, and not every program is absl's
             workers = min(workers, len(rows))
             options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=max(ahead, 1))
-            self.parts = [iter(_Rows(plan, documents, rows[worker::workers], state, step).mp_prefetch(options))
-                          for worker in range(workers)]
+            with _deaf():
+                self.parts = [iter(_Rows(plan, documents, rows[worker::workers], state, step).mp_prefetch(options))
+                              for worker in range(workers)]
         else:
             made = _Rows(plan, documents, rows, state, step)
             self.parts = [iter(grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=ahead)
                                if ahead else made)]
+        self.starting = _deaf if workers else contextlib.nullcontext
         self.close = weakref.finalize(self, _close, self.parts)
 
     def __next__(self) -> Batch:
@@ -297,7 +370,9 @@ class Batches(Iterator[Batch]):
         if not self.parts:
             raise ValueError("these batches are closed")
         try:
-            made = [next(part) for part in self.parts]
+            with self.starting():  # workers begin when they are first asked
+                made = [next(part) for part in self.parts]
+            self.starting = contextlib.nullcontext
         except BaseException:
             self.close()
             raise
@@ -306,14 +381,43 @@ class Batches(Iterator[Batch]):
         batch: dict[str, np.ndarray] = {}
         for place, part in enumerate(made):
             for name, value in part.items():
-                batch.setdefault(name, np.zeros((self.count, *value.shape[1:]), value.dtype))[place::len(self.parts)] = value
+                whole = batch.setdefault(name, np.zeros((len(self.rows), *value.shape[1:]), value.dtype))
+                whole[place::len(self.parts)] = value
         return batch
+
+    def documents(self, batch: Batch, step: int) -> dict[int, list[tuple[int, int, int]]]:
+        """What a batch of these is made of.
+
+        Args:
+          step: the batch's, from 0.
+
+        Returns:
+          By row of the global batch: of every document that was read, whole or in part, its phase, that one's source, and
+          its number in what the source opens as; all from 0.
+        """
+        phase = self.plan.phase(step)
+        found = {}
+        for row, before, after in zip(self.rows, batch["before"], batch["state"], strict=True):
+            counts = range(int(before[phase]), int(after[phase]) + bool(after[-1]))
+            found[row] = [(phase, *self.names[phase][self.plan.document(row, phase, count)]) for count in counts]
+        return found
 
     def __enter__(self) -> "Batches":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that begin here do not hear Ctrl-C: it is for the one that waits for them."""
+    resource_tracker.ensure_running()  # when it begins, the mask is lifted
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _close(parts: list[grain.DatasetIterator]) -> None:

@@ -4,7 +4,7 @@ The loss of all of these is that of predicted tokens, `cross_entropy`; objective
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -50,10 +50,14 @@ class Objective:
     Attributes:
       makes: what its examples are for: "decoder" or "encoder" (`Text`), or "pair" (`Pair`; `AsText` makes texts of them).
       overlap: tokens that the next piece of a document that is cut shares with the last, so that every token is asked.
+      prefixes: whether an example may have a prefix; where none has, models need not look for any.
+      special: ids that it puts into examples, or looks for in documents.
     """
 
     makes: ClassVar[Literal["decoder", "encoder", "pair"]]
     overlap: ClassVar[int] = 0
+    prefixes: ClassVar[bool] = False
+    special: ClassVar[tuple[int, ...]] = ()
 
     def example(self, tokens: Ids, random: np.random.Generator) -> Example:
         """An example of a document of at least two tokens.
@@ -78,6 +82,13 @@ def check(tokens: Ids, least: int = 2) -> Ids:
     return tokens.astype(np.int32)
 
 
+def without_edges(tokens: Ids, edges: Collection[int]) -> tuple[Ids, Ids, Ids]:
+    """(beginning, document, end): the tokens of `edges` that a document begins and ends with, and what is between them."""
+    own = np.flatnonzero(~np.isin(tokens, edges))
+    begin, end = (own[0], own[-1] + 1) if len(own) else (len(tokens), len(tokens))
+    return tokens[:begin], tokens[begin:end], tokens[end:]
+
+
 def as_text(pair: Pair) -> Text:
     """A pair for a decoder-only model: the inputs as a prefix that all may see, then the targets, which alone are asked."""
     whole = np.concatenate([pair.inputs, pair.targets]).astype(np.int32)
@@ -91,6 +102,7 @@ class AsText(Objective):
     """An objective that makes pairs, for a decoder-only model: see `as_text`."""
 
     makes: ClassVar[Literal["decoder"]] = "decoder"
+    prefixes: ClassVar[bool] = True
     objective: Objective
 
     def __post_init__(self) -> None:
@@ -98,11 +110,44 @@ class AsText(Objective):
             raise ValueError(f"AsText is for objectives that make pairs, {type(self.objective).__name__} makes texts for "
                              f"{self.objective.makes}s")
 
+    @property
+    def special(self) -> tuple[int, ...]:  # type: ignore[override]
+        """As the objective."""
+        return self.objective.special
+
     def example(self, tokens: Ids, random: np.random.Generator) -> Text:
         """The pair in one text."""
         made = self.objective.example(tokens, random)
         assert isinstance(made, Pair)
         return as_text(made)
+
+
+@dataclasses.dataclass(frozen=True)
+class AsPrefix(Objective):
+    """An encoder's objective, for a decoder-only model: all of an example is a prefix, so that every token sees every other.
+
+    As on encoders, what is asked at a token is the token itself.
+    """
+
+    makes: ClassVar[Literal["decoder"]] = "decoder"
+    prefixes: ClassVar[bool] = True
+    objective: Objective
+
+    def __post_init__(self) -> None:
+        if self.objective.makes != "encoder":
+            raise ValueError(f"AsPrefix is for objectives of encoders, {type(self.objective).__name__} makes examples for "
+                             f"{'encoder-decoder' if self.objective.makes == 'pair' else self.objective.makes}s")
+
+    @property
+    def special(self) -> tuple[int, ...]:  # type: ignore[override]
+        """As the objective."""
+        return self.objective.special
+
+    def example(self, tokens: Ids, random: np.random.Generator) -> Text:
+        """The objective's example as a prefix."""
+        made = self.objective.example(tokens, random)
+        assert isinstance(made, Text)
+        return made._replace(prefix=len(made.tokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +165,21 @@ class Mode(Objective):
     def makes(self) -> str:  # type: ignore[override]
         """As the objective."""
         return self.objective.makes
+
+    @property
+    def overlap(self) -> int:  # type: ignore[override]
+        """As the objective."""
+        return self.objective.overlap
+
+    @property
+    def prefixes(self) -> bool:  # type: ignore[override]
+        """As the objective."""
+        return self.objective.prefixes
+
+    @property
+    def special(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The objective's, and the mode's."""
+        return self.token, *self.objective.special
 
     def example(self, tokens: Ids, random: np.random.Generator) -> Example:
         """The objective's example, marked."""
@@ -165,6 +225,21 @@ class Mixture(Objective):
     def makes(self) -> str:  # type: ignore[override]
         """As its objectives."""
         return self.objectives[0].makes
+
+    @property
+    def overlap(self) -> int:  # type: ignore[override]
+        """The most that any of them needs."""
+        return max(objective.overlap for objective in self.objectives)
+
+    @property
+    def prefixes(self) -> bool:  # type: ignore[override]
+        """Whether any of them makes some."""
+        return any(objective.prefixes for objective in self.objectives)
+
+    @property
+    def special(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Those of all of them."""
+        return tuple(token for objective in self.objectives for token in objective.special)
 
     def example(self, tokens: Ids, random: np.random.Generator) -> Example:
         """An example of the objective that is drawn."""

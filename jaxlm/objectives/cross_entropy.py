@@ -46,37 +46,16 @@ def cross_entropy(head: Head, params: PyTree, x: Float[Array, "B T D"], targets:
     Reference: smoothing, Szegedy et al. 2016, section 7, https://arxiv.org/abs/1512.00567; z, Chowdhery et al. 2022, section 5,
     https://arxiv.org/abs/2204.02311
     """
-    one = partial(_rows, partial(_piece, head, smoothing, z), piece)
-    given = (params, x, targets, weights.astype(jnp.float32))
-    mesh = jax.sharding.get_abstract_mesh()
-    over = () if mesh.empty else tuple(axis for axis in ("data", "fsdp") if mesh.shape.get(axis, 1) > 1)
-    if over and targets.shape[0] % math.prod(mesh.shape[axis] for axis in over) == 0:
-        # Every device sums up the head's gradient over its own rows, and all are added once. Left to the compiler, they would
-        # be added once for every piece.
-        rows = PartitionSpec(over)
-
-        def mine(*given: Any) -> Any:
-            return jax.tree.map(lambda leaf: jax.lax.psum(leaf, over), one(*given))
-
-        total, aux = jax.shard_map(mine, mesh=mesh, in_specs=(PartitionSpec(), rows, rows, rows), out_specs=PartitionSpec(),
-                                   axis_names=set(over), check_vma=False)(*given)
-    else:
-        total, aux = one(*given)
-    return Loss(total, jnp.sum(weights, dtype=jnp.float32), aux)
-
-
-def _rows(piece: "Piece", size: int, params: PyTree, x: Float[Array, "B T D"], targets: Int[Array, "B T"],
-          weights: Float[Array, "B T"]) -> tuple[Array, dict[str, Array]]:
-    """The sums over some rows, taken in pieces of so many of each row's tokens."""
     batch, length = targets.shape
-    count = -(-length // size)
+    count = -(-length // piece)
     pad = count * -(-length // count) - length
 
     def pieces(y: Array) -> Array:
         y = jnp.pad(y, ((0, 0), (0, pad), *[(0, 0)] * (y.ndim - 2)))
         return jnp.moveaxis(y.reshape(batch, count, -1, *y.shape[2:]), 1, 0)
 
-    return _sums(piece, params, *map(pieces, (x, targets, weights)))
+    total, aux = _sums(partial(_piece, head, smoothing, z), params, *map(pieces, (x, targets, weights.astype(jnp.float32))))
+    return Loss(total, jnp.sum(weights, dtype=jnp.float32), aux)
 
 
 Piece = Callable[[PyTree, Array, Array, Array], tuple[Array, dict[str, Array]]]
@@ -97,23 +76,48 @@ def _piece(head: Head, smoothing: float, z: float, params: PyTree, x: Float[Arra
     return jnp.sum(loss * weights), {"nll": jnp.sum(nll * weights), "correct": jnp.sum(correct * weights)}
 
 
+def _over_rows(function: Callable[..., PyTree], params: PyTree, x: Array, targets: Array, weights: Array) -> PyTree:
+    """What a function makes, each device of the rows that it has: arrays whose second dimension is that of rows.
+
+    What is summed over a device's rows counts as one row: all are to be added once. Left to the compiler, they would be added
+    once for every piece.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    over = () if mesh.empty else tuple(axis for axis in ("data", "fsdp") if mesh.shape.get(axis, 1) > 1)
+    if not over or targets.shape[1] % math.prod(mesh.shape[axis] for axis in over):
+        return function(params, x, targets, weights)
+    rows = PartitionSpec(None, over)
+    return jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), rows, rows, rows), out_specs=rows,
+                         axis_names=set(over), check_vma=False)(params, x, targets, weights)
+
+
+def _whole(parts: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=(0, 1)), parts)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(piece: Piece, params: PyTree, x: Float[Array, "n B t D"], targets: Int[Array, "n B t"],
           weights: Float[Array, "n B t"]) -> tuple[Array, dict[str, Array]]:
-    sums = jax.lax.map(lambda given: piece(params, *given), (x, targets, weights))
-    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
+    def mine(params: PyTree, *given: Array) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[:, None], jax.lax.map(lambda part: piece(params, *part), given))
+
+    return _whole(_over_rows(mine, params, x, targets, weights))
 
 
 def _forward(piece: Piece, params: PyTree, x: Array, targets: Array, weights: Array) -> tuple[Any, Any]:
-    def once(gradient: PyTree, given: tuple[Array, Array, Array]) -> tuple[PyTree, Any]:
-        part, targets, weights = given
-        (total, aux), (mine, toward) = jax.value_and_grad(piece, argnums=(0, 1), has_aux=True)(params, part, targets, weights)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradient, mine), ((total, aux), toward)
+    def mine(params: PyTree, *given: Array) -> PyTree:
+        def once(gradient: PyTree, part: tuple[Array, Array, Array]) -> tuple[PyTree, Any]:
+            (total, aux), (more, toward) = jax.value_and_grad(piece, argnums=(0, 1), has_aux=True)(params, *part)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradient, more), ((total, aux), toward)
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-    gradient, (sums, toward) = jax.lax.scan(once, zeros, (x, targets, weights))
-    gradient = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), gradient, params)
-    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums), (gradient, toward, weights)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+        gradient, (sums, toward) = jax.lax.scan(once, zeros, given)
+        return (jax.tree.map(lambda leaf: leaf[:, None], sums), jax.tree.map(lambda leaf: leaf[None, None], gradient), toward)
+
+    sums, gradient, toward = _over_rows(mine, params, x, targets, weights)
+    # Added in float32, and only then in the weights' own dtype.
+    gradient = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), _whole(gradient), params)
+    return _whole(sums), (gradient, toward, weights)
 
 
 def _backward(piece: Piece, kept: Any, given: Any) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ class MaskedLM(Objective):
     """
 
     makes: ClassVar[Literal["encoder"]] = "encoder"
+    prefixes: ClassVar[bool] = True
     mask: int
     vocabulary: int
     rate: float = 0.15
@@ -40,6 +41,11 @@ class MaskedLM(Objective):
                              f"{self.hidden} and {self.replaced}")
         if not 0 <= self.mask < self.vocabulary:
             raise ValueError(f"the mask must be a token of the vocabulary of {self.vocabulary}, got {self.mask}")
+
+    @property
+    def special(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The mask, the last of the tokens that are drawn, and those never chosen."""
+        return self.mask, self.vocabulary - 1, *self.never
 
     def example(self, tokens: Ids, random: np.random.Generator) -> Text:
         """Everything is seen from everywhere."""
@@ -64,7 +70,7 @@ class MaskedLM(Objective):
             return np.sort(random.permutation(places)[:count])
         # A word goes on until a token that begins one, or that is never chosen.
         begins = self.starts[tokens[places]] | (np.diff(places, prepend=-2) > 1)
-        words = np.split(places, np.flatnonzero(begins)[1:] if begins[0] else np.flatnonzero(begins))
+        words = np.split(places, np.flatnonzero(begins)[1:])
         taken: list[np.ndarray] = []
         for word in (words[i] for i in random.permutation(len(words))):
             if len(word) <= count - sum(map(len, taken)) or not taken:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from jaxtyping import Bool
 
-from jaxlm.objectives.base import Ids, Mixture, Mode, Objective, Pair, check
+from jaxlm.objectives.base import Ids, Mixture, Mode, Objective, Pair, check, without_edges
 from jaxlm.objectives.causal import PrefixLM
 
 
@@ -25,7 +25,12 @@ def lengths(length: int, rate: float, mean: float, most: int) -> tuple[int, int]
 
 
 def spans(length: int, rate: float, mean: float, most: int, random: np.random.Generator) -> Bool[np.ndarray, " n"]:
-    """Which tokens are corrupted: as many as `lengths` says, in as many spans, the text beginning with one that is not."""
+    """Which tokens are corrupted: as many as `lengths` says, in as many spans, the text beginning with one that is not.
+
+    A text of a single token is corrupted whole.
+    """
+    if length == 1:
+        return np.ones(1, bool)
     noise, count = lengths(length, rate, mean, most)
     kept, lost = segment(length - noise, count, random), segment(noise, count, random)
     return np.repeat(np.tile([False, True], count), np.stack([kept, lost], axis=1).reshape(-1))
@@ -51,7 +56,8 @@ class SpanCorruption(Objective):
       sentinels: tokens that stand for the first, second, ... span; there are never more spans than these.
       rate: share of tokens corrupted, rounded to whole tokens.
       mean: tokens per span.
-      end: token at the end of inputs and targets; None for none.
+      end: token at the end of inputs and targets; None for none. A document's own at its end is that of the inputs.
+      edges: other tokens that documents may begin or end with, like those of beginning and end: they stay there, in the inputs.
 
     Reference: Raffel et al. 2020, section 3.1.4, https://arxiv.org/abs/1910.10683
     """
@@ -61,6 +67,7 @@ class SpanCorruption(Objective):
     rate: float = 0.15
     mean: float = 3.0
     end: int | None = None
+    edges: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sentinels or len(set(self.sentinels)) < len(self.sentinels):
@@ -69,41 +76,32 @@ class SpanCorruption(Objective):
             raise ValueError(f"rate must be between 0 and 1 and spans have at least 1 token on average, got {self.rate} and "
                              f"{self.mean}")
 
+    @property
+    def special(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Sentinels, and what is around documents."""
+        return *self.sentinels, *self._edges
+
+    @property
+    def _edges(self) -> tuple[int, ...]:
+        return self.edges if self.end is None else (*self.edges, self.end)
+
     def example(self, tokens: Ids, random: np.random.Generator) -> Pair:
         """What is left, and what is gone."""
-        tokens = check(tokens)
-        mask = spans(len(tokens), self.rate, self.mean, len(self.sentinels), random)
+        first, tokens, last = without_edges(check(tokens), self._edges)
+        mask = spans(len(check(tokens, 1)), self.rate, self.mean, len(self.sentinels), random)
         inputs, targets = split(tokens, mask, self.sentinels)
         end = np.array([] if self.end is None else [self.end], np.int32)
-        return Pair(np.concatenate([inputs, end]), np.concatenate([targets, end]))
-
-    def lengths(self, length: int) -> tuple[int, int]:
-        """Tokens of inputs and targets that a document of so many becomes."""
-        noise, count = lengths(length, self.rate, self.mean, len(self.sentinels))
-        extra = count + (self.end is not None)
-        return length - noise + extra, noise + extra
-
-    def longest(self, inputs: int) -> int:
-        """The longest document whose inputs have at most so many tokens: chunks of this length leave no padding.
-
-        Raises:
-          ValueError: when not even two tokens do.
-        """
-        length = 2
-        if self.lengths(length)[0] > inputs:
-            raise ValueError(f"no document has inputs of {inputs} tokens, the least is {self.lengths(length)[0]}")
-        while self.lengths(length + 1)[0] <= inputs:
-            length += 1
-        return length
+        inputs = np.concatenate([first, inputs, last, end[:0] if self.end in last else end])
+        return Pair(inputs, np.concatenate([targets, end]))
 
 
 def ul2(sentinels: tuple[int, ...], regular: int | None, sequential: int | None, extreme: int | None,
-        end: int | None = None) -> Mixture:
+        end: int | None = None, edges: tuple[int, ...] = ()) -> Mixture:
     """UL2's seven denoisers in equal shares: two regular, the sequential one, four extreme.
 
     Args:
       regular, sequential, extreme: mode tokens of R, S and X, None for none.
-      end: as for `SpanCorruption`.
+      end, edges: as for `SpanCorruption`.
 
     Reference: Tay et al. 2022, section 3.1, https://arxiv.org/abs/2205.05131
     """
@@ -111,7 +109,7 @@ def ul2(sentinels: tuple[int, ...], regular: int | None, sequential: int | None,
         return objective if token is None else Mode(token, objective)
 
     def corrupted(token: int | None, mean: float, rate: float) -> Objective:
-        return marked(token, SpanCorruption(sentinels, rate, mean, end))
+        return marked(token, SpanCorruption(sentinels, rate, mean, end, edges))
 
     denoisers = (corrupted(regular, 3, 0.15), corrupted(regular, 8, 0.15), marked(sequential, PrefixLM(0.5, 1.0)),
                  corrupted(extreme, 3, 0.5), corrupted(extreme, 8, 0.5), corrupted(extreme, 64, 0.15),

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlm import config, model
 from jaxlm.layers import embed
@@ -15,8 +15,10 @@ from jaxlm.objectives.cross_entropy import Loss, cross_entropy
 
 def check(objective: Objective, cfg: config.Decoder) -> None:
     """Raises:
-      ValueError: when the model cannot take what the objective makes; says which would.
+      ValueError: when the model cannot take what the objective makes, says which would; or when the objective needs tokens that
+        its vocabulary does not have.
     """
+    vocabulary = cfg.embedding.vocabulary
     causal = {block.attention.causal for block in cfg.stack.blocks()}
     name = type(objective).__name__
     if objective.makes == "pair":
@@ -26,17 +28,20 @@ def check(objective: Objective, cfg: config.Decoder) -> None:
                          "Attention.causal everywhere")
     if objective.makes == "encoder" and True in causal:
         raise ValueError(f"{name} asks for hidden tokens from both sides, and this model's attention is causal: it needs "
-                         "Attention(causal=False) everywhere")
+                         f"Attention(causal=False) everywhere, or AsPrefix({name}(...)) of a decoder")
+    for token in objective.special:
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"{name} needs the token {token}, and this model's vocabulary of {vocabulary} has 0 to "
+                             f"{vocabulary - 1}")
 
 
-def loss(params: PyTree, cfg: config.Decoder, batch: Mapping[str, Array], key: Key[Array, ""] | None = None, *,
-         sizes: Int[np.ndarray, "V"] | None = None, prefixes: bool = False, piece: int = 256, smoothing: float = 0.0,
-         z: float = 0.0, dtype: Any = None, remat: Any = None) -> Loss:
+def loss(params: PyTree, cfg: config.Decoder, batch: Mapping[str, Array], *, sizes: Int[np.ndarray, "V"] | None = None,
+         prefixes: bool = False, piece: int = 256, smoothing: float = 0.0, z: float = 0.0, dtype: Any = None,
+         remat: Any = None) -> Loss:
     """The summed loss of a batch of texts.
 
     Args:
       batch: as `jaxlm.data.stream.Batches` makes it: tokens, targets, weights and segments [B, T].
-      key: not used: nothing is drawn.
       sizes: UTF-8 bytes of every token, to count those that are asked: see `aux`.
       prefixes: whether examples may begin with a prefix that is seen from everywhere; the batch then says how long it is.
       piece, smoothing, z: as `cross_entropy` takes them.

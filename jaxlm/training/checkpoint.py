@@ -9,7 +9,7 @@ import logging
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,18 @@ ITEMS = ("state", "rows", "about")
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, read or used; says which and what would help."""
+
+
+class OtherRun(CheckpointError):
+    """A checkpoint of another run; says the first difference.
+
+    Attributes:
+      names: of what is known of a run, all that differ.
+    """
+
+    def __init__(self, message: str, names: Collection[str]) -> None:
+        super().__init__(message)
+        self.names = frozenset(names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +60,13 @@ def _plain(tree: PyTree) -> PyTree:
             return jax.eval_shape(jax.random.key_data, leaf).update(sharding=leaf.sharding)
         return jax.random.key_data(leaf)
     return jax.tree.map(plain, tree)
+
+
+def _shapes(tree: PyTree) -> dict[str, str]:
+    """Dtype and shape of every leaf of a plain tree, by path; parts without leaves as they are, for orbax minds them too."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not jax.tree.leaves(node))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"):
+            f"{leaf.dtype}{list(leaf.shape)}" if jax.tree.leaves(leaf) else repr(leaf) for path, leaf in found}
 
 
 def _is_key(leaf: Any) -> bool:
@@ -148,7 +167,7 @@ class Checkpoints:
         """
         self.wait()
         items = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), rows=ocp.args.StandardSave({"rows": rows}),
-                                   about=ocp.args.JsonSave(self.about))
+                                   about=ocp.args.JsonSave(self._about(state, rows)))
         chosen = {METRIC: float(metrics[METRIC])} if metrics is not None and METRIC in metrics else None
         self._guard(lambda: self.manager.save(step, args=items, metrics=chosen, force=True))
 
@@ -172,25 +191,34 @@ class Checkpoints:
         found = sorted(one.step for one in self.names.find_all(self.directory))
         return f"whole ones of step {', '.join(map(str, found))}" if found else "no whole ones"
 
-    def restore(self, state: PyTree, rows: Any, step: int | None = None) -> Restored:
+    def _about(self, state: PyTree, rows: Any) -> dict[str, Any]:
+        """What is known of the run, with the shapes of what a checkpoint holds."""
+        return {**self.about, "shapes": _shapes({"state": _plain(state), "rows": rows})}
+
+    def restore(self, state: PyTree, rows: Any, step: int | None = None, free: Collection[str] = ()) -> Restored:
         """A checkpoint in the shapes, dtypes and shardings of the given ones.
 
         Args:
           state, rows: arrays or `jax.ShapeDtypeStruct`s with shardings.
           step: default the newest.
+          free: names of what is known of the run that need not be the same.
 
         Raises:
-          CheckpointError: for none, one of another model, optimizer or batch (names the first difference), one that cannot be
-            read.
+          OtherRun: for one of another model, optimizer or batch; names the first difference.
+          CheckpointError: for none, one that cannot be read.
         """
         step = self.latest if step is None else step
         if step not in self.manager.all_steps():
             raise CheckpointError(f"there is no checkpoint {'' if step is None else f'of step {step} '}in {self.directory}; "
                                   f"there are {self._steps()}")
         about = self._read(step, about=ocp.args.JsonRestore()).about
-        other = difference(about, self.about)
+        found, wanted = ({name: value for name, value in one.items() if name not in free}
+                         for one in (about, self._about(state, rows)))
+        other = difference(found, wanted)
         if other is not None:
-            raise CheckpointError(f"the checkpoint of step {step} in {self.directory} is of another run: {other}")
+            names = [name for name in {**found, **wanted}
+                     if name not in found or name not in wanted or difference(found[name], wanted[name]) is not None]
+            raise OtherRun(f"the checkpoint of step {step} in {self.directory} is of another run: {other}", names)
         read = self._read(step, state=ocp.args.StandardRestore(_plain(state)), rows=ocp.args.StandardRestore({"rows": rows}))
         whole = jax.tree.map(lambda like, leaf: jax.random.wrap_key_data(leaf, impl=_kind(like)) if _is_key(like) else leaf,
                              state, read.state)

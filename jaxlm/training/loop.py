@@ -10,7 +10,7 @@ import dataclasses
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,8 +27,8 @@ WINDOW = 20  # steps over which tokens per second are averaged
 END = "the end of the batches"
 
 
-class NonFiniteLoss(FloatingPointError):
-    """The loss or the gradient is not a finite number; says at which step, of what, and where to go on from."""
+class NonFiniteLoss(ValueError):
+    """Loss, gradient or new weights are not finite numbers; says at which step, of what, and where to go on from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Settings:
       evaluate_every: steps; None only at the end.
       skip: up to how many steps in a row may be left out because their loss is not finite; 0 stops at the first.
       profile: where a trace of `profiled` is written; None for none.
-      profiled: first step (from 0, of this run) and number of steps of the trace.
+      profiled: first step (from 0, counted from where this run began) and number of steps of the trace.
     """
 
     steps: int
@@ -128,36 +128,41 @@ class _Signals:
 
 @dataclasses.dataclass(frozen=True)
 class _Flight:
-    """A step under way."""
+    """A step under way; its batch is this process's, its tokens are all that all processes computed with."""
 
     step: int
     metrics: Metrics
     rate: Any
     batch: Mapping[str, np.ndarray]
+    tokens: int
 
 
 def fit(advance: Callable[[State, PyTree], tuple[State, Metrics]], state: State, batches: Iterator[Mapping[str, np.ndarray]], *,
         place: Callable[[Mapping[str, np.ndarray]], PyTree], settings: Settings, report: Report,
         checkpoints: Checkpoints | None = None, evaluate: Callable[[PyTree], Mapping[str, float]] | None = None,
         rate: Callable[[Any], Any] | None = None, flops_per_token: float | None = None, peak: float | None = None,
+        documents: Callable[[Mapping[str, np.ndarray], int], Mapping[int, Sequence[tuple[int, int, int]]]] | None = None,
         start: int = 0) -> Fitted:
     """Trains until all steps are done, somebody asks for an end, or there are no more batches.
+
+    After an error, where there is one process, what was done before it is kept like any checkpoint.
 
     Args:
       advance: compiled by `jax.jit`: the step, which may consume the state.
       batches: of this process's rows, see `jaxlm.data.stream.Batches`.
       place: puts them on the devices; their "state" is what checkpoints keep of them.
-      evaluate: of the weights: "loss" and, to choose checkpoints by, "bits_per_byte".
+      evaluate: of the weights: "loss" and, to choose checkpoints by, "bits_per_byte"; one serves the checkpoint of its step.
       rate: the learning rate of a step, for the record; traceable.
       flops_per_token: of the whole step, and `peak`: what all chips could do in a second.
+      documents: what a batch of a step (from 0) was made of, see `jaxlm.data.stream.Batches.documents`; to name it.
       start: steps done before.
 
     Raises:
-      NonFiniteLoss: names the step, the documents and the last checkpoint.
+      NonFiniteLoss: names the step, the last checkpoint and the documents of this process.
       CheckpointError: when one could not be written.
     """
     return _Loop(advance, state, batches, place, settings, report, checkpoints, evaluate, rate, flops_per_token, peak,
-                 start).run()
+                 documents, start).run()
 
 
 class _Loop:
@@ -165,20 +170,20 @@ class _Loop:
 
     def __init__(self, advance: Any, state: State, batches: Iterator[Mapping[str, np.ndarray]], place: Any, settings: Settings,
                  report: Report, checkpoints: Checkpoints | None, evaluate: Any, rate: Any, flops_per_token: float | None,
-                 peak: float | None, start: int) -> None:
+                 peak: float | None, documents: Any, start: int) -> None:
         self.advance, self.state, self.batches, self.place = advance, state, batches, place
         self.settings, self.report, self.checkpoints, self.evaluate = settings, report, checkpoints, evaluate
         # On the device like the step, and read with it: computed here and now, it would wait for all that is under way.
         self.rate = None if rate is None else jax.jit(rate)
-        self.flops_per_token, self.peak = flops_per_token, peak
+        self.flops_per_token, self.peak, self.documents = flops_per_token, peak, documents
         self.start = self.step = self.saved = self.evaluated = start
         self.found: Mapping[str, float] | None = None
         self.compiled: Any = None
         self.rows: Any = None  # what checkpoints keep of the batches
         self.flights: collections.deque[_Flight] = collections.deque()
-        self.skipped, self.seen = 0, 0.0  # steps in a row; tokens
+        self.skipped, self.seen = 0, 0  # steps in a row; tokens
         self.spent = Time()
-        self.clock: collections.deque[tuple[float, float]] = collections.deque(maxlen=WINDOW + 1)
+        self.clock: collections.deque[tuple[float, int]] = collections.deque(maxlen=WINDOW + 1)
         self.trace = contextlib.ExitStack()
 
     def run(self) -> Fitted:
@@ -200,13 +205,27 @@ class _Loop:
                 if self.checkpoints is not None:
                     with self._aside("checkpoint"):
                         self.checkpoints.wait()
-            except Exception:
-                with contextlib.suppress(Exception):  # what was done is told, and the first thing that went wrong
-                    self._settle(0)
+            except Exception as error:
+                self._rescue(error)
                 raise
         self.spent.whole = time.perf_counter() - began
         stopped = stopped or signals.asked
         return Fitted(self.state, self.step, stopped if self.step < self.settings.steps else None, self.found, self.spent)
+
+    def _rescue(self, error: Exception) -> None:
+        """Tells and keeps what was done before an error, which stays the one that is raised."""
+        good = not isinstance(error, (NonFiniteLoss, CheckpointError))
+        while self.flights:  # also when they cannot be told: each has to be found good
+            try:
+                self._settle(len(self.flights) - 1)
+            except NonFiniteLoss:
+                good = False
+            except Exception:
+                continue
+        if good and self.checkpoints is not None and jax.process_count() == 1:  # others would not come to write their parts
+            with contextlib.suppress(Exception):
+                self._save()
+                self.checkpoints.wait()
 
     def _step(self) -> bool:
         """Puts a step under way; False when there is no batch for it."""
@@ -225,10 +244,10 @@ class _Loop:
             self.compiled = self.advance.lower(self.state, batch).compile()
             self.spent.compile = time.perf_counter() - then
             self._restart_clock()
-        self.state, metrics = self.compiled(self.state, batch)
         rate = None if self.rate is None else self.rate(np.int32(self.step))
+        self.state, metrics = self.compiled(self.state, batch)
         self.step, self.rows = self.step + 1, rows
-        self.flights.append(_Flight(self.step, metrics, rate, host))
+        self.flights.append(_Flight(self.step, metrics, rate, host, len(rows) * host["segments"].shape[1]))
         self._settle(AHEAD)
         if self.settings.profile is not None and self.step - self.start == sum(self.settings.profiled):
             self._settle(0)
@@ -243,14 +262,16 @@ class _Loop:
             self.skipped = 0 if metrics.finite else self.skipped + 1
             if self.skipped > self.settings.skip:
                 self.flights.clear()  # they went on from what is no number
-                raise NonFiniteLoss(f"step {flight.step}: loss {float(metrics.loss)}, gradient norm "
-                                    f"{float(metrics.gradient_norm)} ({_documents(flight.batch['state'])}); {self._last()}")
-            self.seen += float(metrics.weight)
+                numbers = float(metrics.loss), float(metrics.gradient_norm)
+                weights = ", but the new weights are not finite" if np.isfinite(numbers).all() else ""
+                raise NonFiniteLoss(f"step {flight.step}: loss {numbers[0]}, gradient norm {numbers[1]}{weights}; "
+                                    f"{self._last()}{self._read(flight, '; ')}")
+            self.seen += flight.tokens
             then, before = self.clock[0]
             self.clock.append((time.perf_counter(), self.seen))
             speed = (self.seen - before) / max(self.clock[-1][0] - then, 1e-9)
             record = {"step": flight.step, "loss": float(metrics.loss), "gradient_norm": float(metrics.gradient_norm),
-                      "tokens": float(metrics.weight), "tokens_per_s": speed,
+                      "tokens": flight.tokens, "weight": float(metrics.weight), "tokens_per_s": speed,
                       "padding": float(np.mean(flight.batch["segments"] == 0))}
             record |= {name: float(value) for name, value in metrics.aux.items()}
             if rate is not None:
@@ -258,8 +279,16 @@ class _Loop:
             if self.flops_per_token and self.peak:
                 record["mfu"] = speed * self.flops_per_token / self.peak
             if not metrics.finite:
-                record["skipped"] = True
+                record |= {"skipped": True, "documents": self._read(flight)}
             self.report.step(record)
+
+    def _read(self, flight: _Flight, before: str = "") -> str:
+        """What a step's batch was made of, in words; nothing where nobody knows."""
+        if self.documents is None:
+            return ""
+        rows = (f"row {row}: {' '.join('/'.join(map(str, one)) for one in read)}"
+                for row, read in self.documents(flight.batch, flight.step - 1).items())
+        return f"{before}documents as phase/source/number, from 0, of {', '.join(rows)}"
 
     def _last(self) -> str:
         """Where to go on from, in words."""
@@ -301,9 +330,3 @@ class _Loop:
 
 def _every(steps: int | None, step: int) -> bool:
     return steps is not None and step % steps == 0
-
-
-def _documents(rows: np.ndarray) -> str:
-    """What a batch's rows have read, in words."""
-    first, last = rows[:, :-1].min(axis=0).tolist(), rows[:, :-1].max(axis=0).tolist()
-    return f"rows had read {first} to {last} documents of each phase"

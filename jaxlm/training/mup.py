@@ -18,7 +18,7 @@ def scaled(cfg: config.Decoder, base: config.Decoder) -> tuple[config.Decoder, M
 
     Matrices within blocks have their rate divided by how many times the base's inputs theirs are; logits are divided by how
     many times as wide the model is; scores are divided by the head's width, with a factor that makes them the base's where the
-    heads are as wide.
+    heads are as wide. Weights decay at the same pace at every width.
 
     Args:
       base: the model that the hyperparameters are for: the same in all but widths and numbers of heads.

@@ -81,7 +81,8 @@ class Optimizer:
       clip: largest global norm of the gradient; None for any.
       decayed: patterns of the paths that weight decay is for; None for every weight that takes part in products but embeddings.
       frozen: patterns of the paths that stay as they are, and need no memory for moments.
-      multipliers: (pattern, factor of the learning rate); later ones overrule.
+      multipliers: (pattern, factor of the learning rate, above 0); later ones overrule. Weight decay goes by the schedule
+        alone, so all weights forget old updates at the same pace (Wang & Aitchison 2024, https://arxiv.org/abs/2405.13698).
     """
 
     kind: AdamW | Lion | Adafactor | Muon
@@ -95,20 +96,23 @@ class Optimizer:
         """The optax transformation for weights of this spec.
 
         Raises:
-          ValueError: for a pattern that matches no path, and when everything is frozen.
+          ValueError: for a pattern that matches no path, a factor that is not above 0, and when everything is frozen.
         """
         frozen = select(spec, *self.frozen) if self.frozen else {}
         if len(frozen) == len(paths(spec)):
             raise ValueError(f"all weights are frozen by {', '.join(self.frozen)}: there is nothing to train")
         factors = dict.fromkeys(paths(spec), 1.0)
         for pattern, factor in self.multipliers:
+            if not factor > 0:
+                raise ValueError(f"the multiplier of {pattern!r} has to be above 0, got {factor}; for what stays as it is "
+                                 "there is frozen")
             factors |= dict.fromkeys(select(spec, pattern), factor)
         parts = [] if self.clip is None else [optax.clip_by_global_norm(self.clip)]
         parts += [self._precondition(spec)]
-        if self.kind.weight_decay:
-            parts.append(optax.add_decayed_weights(self.kind.weight_decay, _tree(spec, self._decays(spec))))
         if self.multipliers:
             parts.append(_by_path(lambda path, update: update * factors[path]))
+        if self.kind.weight_decay:
+            parts.append(optax.add_decayed_weights(self.kind.weight_decay, _tree(spec, self._decays(spec))))
         parts.append(optax.scale_by_learning_rate(self.schedule))
         labels = _tree(spec, {path: "frozen" if path in frozen else "trained" for path in paths(spec)})
         return optax.multi_transform({"trained": optax.chain(*parts), "frozen": optax.set_to_zero()}, labels)

@@ -50,9 +50,9 @@ class Metrics:
 
     Attributes:
       loss: mean over the batch's weight.
-      weight: of the batch.
+      weight: of the batch: how many tokens are asked, each counted as often as its weight says.
       gradient_norm: before it is clipped.
-      finite: whether loss and gradient are.
+      finite: whether loss, gradient and, of an update, the norm of the new weights are.
       aux: the loss's, divided by the weight.
     """
 
@@ -117,8 +117,8 @@ def advance(loss: LossFunction, transform: optax.GradientTransformation, state: 
 
     Args:
       keep: share of the old average at every step; None without one.
-      skip: leave the weights as they are when loss or gradient are not finite; without it they become what they become, and
-        `Metrics.finite` says so.
+      skip: leave weights and moments as they are when loss, gradient or new weights are not finite; the schedule of the
+        learning rate goes on all the same. Without it they become what they become, and `Metrics.finite` says so.
 
     Raises:
       ValueError: for an average without `keep` and the other way round.
@@ -129,11 +129,20 @@ def advance(loss: LossFunction, transform: optax.GradientTransformation, state: 
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a Python float to an int32 array
         updates, moments = transform.update(gradient, state.moments, state.params)
     params = optax.apply_updates(state.params, updates)
+    # Of the weights: the compiler finds that while it writes them; of the updates it would make them twice.
+    metrics = metrics.replace(finite=metrics.finite & jnp.isfinite(optax.tree.norm(params)))
     average = state.average
     if keep is not None:
         average = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new.astype(old.dtype), average, params)
     new = (params, moments, average)
     if skip:
-        new = jax.tree.map(lambda new, old: jnp.where(metrics.finite, new, old), new,
-                           (state.params, state.moments, state.average))
+        def choose(new: Any, old: Any) -> Any:
+            return new if _is_schedule(new) else jnp.where(metrics.finite, new, old)
+
+        new = jax.tree.map(choose, new, (state.params, state.moments, state.average), is_leaf=_is_schedule)
     return State(state.step + 1, *new, state.key), metrics
+
+
+def _is_schedule(node: Any) -> bool:
+    """Whether it counts the steps of a schedule, not updates as a moment's correction does."""
+    return isinstance(node, optax.ScaleByScheduleState)

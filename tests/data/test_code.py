@@ -1,6 +1,7 @@
 """The dataset of source code: which files, which split, when it is made."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -99,6 +100,20 @@ def test_who_finishes_second_reads_what_the_first_built(folder, tmp_path, monkey
     monkeypatch.setattr(SourceCode, "_split_generators", overtaken)
     assert list(source.open()) == list(found[0])
     assert len(built(directory)) == 1
+
+
+def test_endings_of_the_standard_library(tmp_path, monkeypatch):
+    library = tmp_path / "library"
+    library.mkdir()
+    for i in range(9):
+        for ending in ("py", "pyi"):
+            (library / f"m{i}.{ending}").write_text(f"# {ending} {i}\n")
+    monkeypatch.setattr(code.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    for endings in ((".py",), (".pyi",), (".py", ".pyi")):
+        found = [text for split in ("train", "validation", "test") if any(split_of(f"m{i}{ending}") == split for i in range(9)
+                 for ending in endings) for text in Code(split, endings=endings, directory=str(tmp_path / "d")).open()]
+        assert sorted(found) == [f"# {ending[1:]} {i}\n" for ending in endings for i in range(9)]
+    assert f"python_{platform.python_version()}" in built(tmp_path / "d")
 
 
 def test_nothing_needs_tensorflow(folder, tmp_path):

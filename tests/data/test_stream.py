@@ -197,6 +197,26 @@ def test_without_cutting_only_what_is_longer_than_a_row_is_cut(lengths, length, 
                 assert asked[0] % 1000 == 10 + extra and len(asked) == whole
 
 
+@pytest.mark.parametrize(("workers", "starts"), [(0, (0, 2, 4)), (2, (2,))])
+def test_a_batch_says_what_it_is_made_of(workers, starts):
+    """Across phases of several sources, after going on, in documents' own numbers."""
+    some, others = Documents(some_lengths(30, 2, 60)), Documents(some_lengths(40, 2, 60, 1), 30)
+    phases = Phase(((some, 1.0), (others, 2.0)), 3), Phase(((others, 1.0),))
+    mine = Plan(phases, json.loads, lambda step: CausalLM(), 4, 32, 5)
+    for start in starts:
+        state = take(Batches(mine, ahead=0), start)[-1]["state"] if start else None
+        with Batches(mine, [1, 3], state=state, step=start, workers=workers) as batches:
+            for step in range(start, start + 3):
+                batch = next(batches)
+                found = batches.documents(batch, step)
+                assert list(found) == [1, 3]
+                for row, named in zip(rows_of(batch), found.values(), strict=True):
+                    read = [row["tokens"][part.start] // 1000 for part in segments(row)]
+                    first = {(0, 0): 0, (0, 1): 30, (1, 0): 30}  # of (phase, source)
+                    assert [first[one[:2]] + one[2] for one in named] == read
+                    assert {one[0] for one in named} == {int(step >= 3)}
+
+
 @settings(max_examples=16)
 @given(objective=st.sampled_from(OBJECTIVES), cut=st.booleans(), length=st.sampled_from([16, 50, 128]),
        seed=st.integers(0, 1000))
@@ -205,7 +225,7 @@ def test_what_every_batch_is_like(objective, cut, length, seed):
     for batch in take(Batches(mine, ahead=0), 6):
         assert {name: (value.dtype, value.shape) for name, value in batch.items()} == {
             **dict.fromkeys(("tokens", "targets", "segments", "prefix"), (np.int32, (3, length))),
-            "weights": (np.float32, (3, length)), "state": (np.int32, (3, 2))}
+            "weights": (np.float32, (3, length)), **dict.fromkeys(("before", "state"), (np.int32, (3, 2)))}
         for row in rows_of(batch):
             used = row["segments"] > 0
             assert used[0] and set(np.diff(row["segments"][used])) <= {0, 1} and row["segments"][0] == 1
@@ -337,3 +357,72 @@ def test_a_program_ends_quietly_with_batches_open(tmp_path, workers):
     done = subprocess.run([sys.executable, str(tmp_path / "program.py"), str(tmp_path / "x.jsonl"), str(workers)],
                           capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (0, "(2, 16)\n", "")
+
+
+PAIRS = [SpanCorruption(SENTINELS, end=2), PrefixLM(), ul2(SENTINELS, 7, 8, 9, end=2)]
+
+
+def whole_pairs(batch):
+    """By row: inputs and targets of every pair."""
+    return [[(row["inputs"][row["input_segments"] == number], row["targets"][row["segments"] == number])
+             for number in range(1, row["segments"].max() + 1)]
+            for row in ({name: value[place] for name, value in batch.items()} for place in range(len(batch["targets"])))]
+
+
+@settings(max_examples=12)
+@given(objective=st.sampled_from(PAIRS), cut=st.booleans(), sizes=st.sampled_from([(24, 24), (96, 32), (40, 100)]),
+       seed=st.integers(0, 1000))
+def test_what_batches_of_pairs_are_like(objective, cut, sizes, seed):
+    inputs, length = sizes
+    mine = plan(Documents(some_lengths(40, 2, 150, seed)), objective=objective, rows=3, length=length, inputs=inputs, cut=cut,
+                seed=seed)
+    batches = take(Batches(mine, ahead=0), 6)
+    same(take(Batches(mine, state=batches[2]["state"], step=3, ahead=0), 3), batches[3:])
+    for batch in batches:
+        assert {name: (value.dtype, value.shape) for name, value in batch.items()} == {
+            **dict.fromkeys(("inputs", "input_segments"), (np.int32, (3, inputs))),
+            **dict.fromkeys(("targets", "segments"), (np.int32, (3, length))), "weights": (np.float32, (3, length)),
+            **dict.fromkeys(("before", "state"), (np.int32, (3, 2)))}
+        np.testing.assert_array_equal(batch["weights"], batch["segments"] > 0)
+        for tokens, numbers in (("inputs", "input_segments"), ("targets", "segments")):
+            assert (np.diff(batch[numbers])[batch[numbers][:, 1:] > 0] >= 0).all() and (batch[numbers][:, 0] == 1).all()
+            assert not batch[tokens][batch[numbers] == 0].any()
+        np.testing.assert_array_equal(batch["segments"].max(1), batch["input_segments"].max(1))
+        for row in whole_pairs(batch):
+            assert all(len(read) and len(asked) for read, asked in row)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_pairs_hold_all_of_a_document(cut):
+    source = Documents(some_lengths(30, 2, 60))
+    mine = plan(source, objective=PrefixLM(), rows=1, length=64, inputs=64, cut=cut)
+    found = {}
+    for batch in take(Batches(mine, ahead=0), 60):
+        for read, asked in whole_pairs(batch)[0]:
+            tokens = np.concatenate([read, asked]).tolist()
+            found.setdefault(tokens[0] // 1000, []).extend(tokens)
+        if batch["state"][0, 0] >= 30:
+            break
+    for number, text in enumerate(source.open()):
+        tokens = json.loads(text)
+        # A last token alone is no pair; the order may come by a document twice.
+        assert found[number][:len(tokens) - 1] == tokens[:-1]
+
+
+def test_little_of_pairs_is_padded():
+    objective = SpanCorruption(SENTINELS, end=2)
+    made = objective.example(np.arange(10, 10 + 568), np.random.default_rng(0))
+    mine = plan(Documents(some_lengths(200, 100, 900)), objective=objective, length=len(made.targets), inputs=len(made.inputs))
+    batches = take(Batches(mine, ahead=0), 20)
+    for name in ("input_segments", "segments"):
+        share = np.mean([batch[name] == 0 for batch in batches])
+        assert share < 0.05, (name, share)
+
+
+def test_plans_of_pairs_and_of_texts_are_not_mixed_up():
+    with pytest.raises(ValueError, match=r"PrefixLM makes pairs: a plan says how long inputs are \(Plan.inputs\) for pairs"):
+        take(Batches(plan(Documents((9,)), objective=PrefixLM()), ahead=0), 1)
+    with pytest.raises(ValueError, match="CausalLM makes texts"):
+        take(Batches(plan(Documents((9,)), inputs=8), ahead=0), 1)
+    with pytest.raises(ValueError, match="at least one row of one token"):
+        plan(Documents((9,)), inputs=0)

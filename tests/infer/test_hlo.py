@@ -275,6 +275,39 @@ ENTRY %main (p0: bf16[3,8,16], p1: bf16[3,16,32], p2: bf16[8,4,16], p3: bf16[4,1
 """  # noqa: E501
 
 
+# Two sums over one channel, of which one is fused with the cut of each chip's part; and one that stands there twice unfused.
+SUMS = """HloModule jit_sums, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%cut (a: f32[16,8]) -> f32[4,8] {
+  %a = f32[16,8]{1,0} parameter(0)
+  %whole = f32[16,8]{1,0} all-reduce(%a), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %part = f32[4,8]{1,0} dynamic-slice(%whole, %zero, %zero), dynamic_slice_sizes={4,8}
+}
+
+ENTRY %main (p: f32[16,8], q: f32[]) -> (f32[4,8], f32[], f32[]) {
+  %p = f32[16,8]{1,0} parameter(0)
+  %q = f32[] parameter(1)
+  %all-reduce-scatter.1 = f32[4,8]{1,0} fusion(%p), kind=kCustom, calls=%cut
+  %scalar = f32[] all-reduce(%q), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %second = f32[] all-reduce(%scalar), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %out = (f32[4,8]{1,0}, f32[], f32[]) tuple(%all-reduce-scatter.1, %scalar, %second)
+}
+"""
+
+
+def test_collectives_that_share_a_channel():
+    module = hlo.Module(SUMS)
+    assert hlo.collectives(module, module.entry) == {"all-reduce": {"count": 2, "bytes": 8},
+                                                     "reduce-scatter": {"count": 1, "bytes": 4 * 8 * 4}}
+
+
 def test_products_and_what_is_spread_over_fusions():
     module = hlo.Module(PRODUCTS)
     assert hlo.flops(module, module.entry) == 4 * (2 * 3 * 8 * 32 * 16 + 2 * 8 * 32 * 4 * 16) + 2 * 5 * 7 * 9 * 2

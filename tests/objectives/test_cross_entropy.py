@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import sharding
 from jaxlm.objectives import cross_entropy
 from tests import tiny
 
@@ -76,3 +77,25 @@ def test_bfloat16_inputs_and_float32_weights():
     value, (params, toward) = jax.value_and_grad(loss, argnums=(0, 1))(jax.tree.map(jnp.asarray, WEIGHTS), x)
     assert value.dtype == jnp.float32 and toward.dtype == jnp.bfloat16 and params["out"].dtype == jnp.float32
     np.testing.assert_allclose(value, whole(WEIGHTS, X), rtol=2e-2)
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"data": 2, "model": 2}], ids=str)
+def test_a_bfloat16_head_on_a_mesh_has_the_gradient_of_one_device(mesh):
+    """The parts are rounded as they are made; they are added up in float32, on one device and over several."""
+    random = np.random.default_rng(1)
+    x, targets = random.normal(size=(4, 5, D)).astype(np.float32), random.integers(0, V, (4, 5))
+    weights, mask = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), WEIGHTS), np.ones((4, 5), np.float32)
+
+    def loss(params, x):
+        return cross_entropy(lambda p, y: head(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), p), y), params, x, targets,
+                             mask, piece=2).sum
+
+    want = jax.value_and_grad(loss, argnums=(0, 1))(weights, x)
+    with jax.set_mesh(sharding.mesh(devices=jax.devices()[:4], **mesh)):
+        found = tiny.jit(jax.value_and_grad(loss, argnums=(0, 1)))(weights, x)
+    np.testing.assert_allclose(found[0], want[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1][1], want[1][1], atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(found[1][0]), jax.tree.leaves(want[1][0]), strict=True):
+        assert ours.dtype == theirs.dtype == jnp.bfloat16
+        ours, theirs = (np.asarray(leaf, np.float32) for leaf in (ours, theirs))
+        assert np.linalg.norm(ours - theirs) < 2**-8 * np.linalg.norm(theirs)

@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.objectives import (
+    AsPrefix,
+    AsText,
     CausalLM,
     CausalSpans,
     FillInTheMiddle,
@@ -115,7 +117,7 @@ def test_span_corruption(document, rate, mean, most, seed):
     pair = objective.example(document, rng(seed))
     want = plain_split(document.tolist(), mask, SENTINELS)
     assert pair.inputs.tolist() == [*want[0], 1] and pair.targets.tolist() == [*want[1], 1]
-    assert tuple(map(len, pair)) == objective.lengths(len(document))
+    assert tuple(map(len, pair)) == (len(document) - noise + count + 1, noise + count + 1)
     assert restored(pair.inputs[:-1], pair.targets[:-1], SENTINELS) == document.tolist()
     used = [token for token in pair.inputs if token in SENTINELS]
     assert used == list(SENTINELS[:count]) == [token for token in pair.targets if token in SENTINELS]
@@ -127,16 +129,11 @@ def test_any_mask_is_split_as_token_by_token(document, data):
     assert tuple(part.tolist() for part in split(document, mask, SENTINELS)) == plain_split(document.tolist(), mask, SENTINELS)
 
 
-@pytest.mark.parametrize(("rate", "mean", "inputs", "want"), [
-    (0.15, 3.0, 512, 568), (0.5, 3.0, 513, 768), (0.15, 64.0, 512, 600)])
-def test_chunks_that_leave_no_padding(rate, mean, inputs, want):
-    """Of T5's own shape, 512 tokens at rate 0.15 and mean 3, 568 are read: published with its code."""
-    objective = SpanCorruption(SENTINELS, rate, mean, end=1)
-    length = objective.longest(inputs)
-    assert objective.lengths(length)[0] <= inputs < objective.lengths(length + 1)[0] + 1
-    assert length == want
-    with pytest.raises(ValueError, match="no document has inputs of 2 tokens, the least is 3"):
-        objective.longest(2)
+def test_of_t5s_chunks_nothing_is_padding():
+    """Of its own shape, 512 tokens at rate 0.15 and mean 3, 568 are read: published with its code."""
+    for length, want in ((568, (512, 114)), (569, (513, 114))):
+        pair = SpanCorruption(SENTINELS, end=1).example(np.full(length, 7), rng(0))
+        assert tuple(map(len, pair)) == want
 
 
 def test_corruption_is_at_its_rate_over_many_documents():
@@ -241,6 +238,70 @@ def test_causal_spans(document, seed):
     assert [*plain.tokens, plain.targets[-1]] == document.tolist()
 
 
+BEGIN, END = 400, 401
+
+
+@given(st.lists(st.integers(20, 300), min_size=1, max_size=30), st.booleans(), st.booleans(), seeds)
+def test_beginning_and_end_stay_around_documents(inside, begins, ends, seed):
+    first, last = [BEGIN] * begins, [END] * ends
+    document = np.array([*first, *inside, *last], np.int32)
+    if len(document) < 2:
+        return
+    text = FillInTheMiddle(11, 12, 13, END, rate=1.0, edges=(BEGIN,)).example(document, rng(seed))
+    asks_the_next(text)
+    whole = [*text.tokens.tolist(), int(text.targets[-1])]
+    assert whole[-1] == END and whole.count(END) == 1 and whole[:begins + 1] == [*first, 11] and whole.count(BEGIN) == begins
+    bare = FillInTheMiddle(11, 12, 13, rate=1.0, edges=(BEGIN, END)).example(document, rng(seed))
+    assert [*bare.tokens.tolist(), int(bare.targets[-1])] == [*whole[:-1], *last]
+
+    pair = SpanCorruption(SENTINELS, 0.5, 3.0, END, (BEGIN,)).example(document, rng(seed))
+    inputs, targets = pair.inputs.tolist(), pair.targets.tolist()
+    assert inputs[:begins] == first and inputs[-1] == targets[-1] == END and (inputs + targets).count(END) == 2
+    assert BEGIN not in [*inputs[begins:], *targets]
+    assert restored(inputs[begins:-1], targets[:-1], SENTINELS) == inside
+
+    text = CausalSpans(SENTINELS, 1, 2, corrupted=1.0, rate=0.5, edges=(BEGIN, END)).example(document, rng(seed))
+    whole = [*text.tokens.tolist(), int(text.targets[-1])]
+    left, gone = whole[:whole.index(1)], whole[whole.index(1) + 1:]
+    assert left[:begins] == first and left[len(left) - ends:] == last and not {BEGIN, END} & set(gone)
+    assert restored(left, [token for token in gone if token != 2], SENTINELS) == document.tolist()
+
+
+def test_documents_of_nothing_but_edges():
+    empty, few = np.array([BEGIN, END]), np.array([BEGIN, 20, END])
+    for objective in (SpanCorruption((9,), edges=(BEGIN, END)), CausalSpans((9,), 1, 2, 1.0, edges=(BEGIN, END))):
+        with pytest.raises(ValueError, match="at least 1 tokens, got one of 0"):
+            objective.example(empty, rng(0))
+    pair = SpanCorruption((9,), edges=(BEGIN, END)).example(few, rng(0))
+    assert pair.inputs.tolist() == [BEGIN, 9, END] and pair.targets.tolist() == [9, 20]
+    assert ul2((9,), 1, 2, 3, END, (BEGIN,)).objectives[0].objective == SpanCorruption((9,), end=END, edges=(BEGIN,))
+
+
+def test_an_encoders_objective_for_decoders():
+    document = np.arange(5, 45)
+    made, whole = (one.example(document, rng(3)) for one in (MaskedLM(3, VOCABULARY), AsPrefix(MaskedLM(3, VOCABULARY))))
+    for name in ("tokens", "targets", "weights"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(made, name))
+    assert whole.prefix == 40 and AsPrefix(MaskedLM(3, VOCABULARY)).makes == "decoder"
+    schedule = Schedule(((CausalLM(), 10), (AsPrefix(MaskedLM(3, VOCABULARY)), None)))
+    assert schedule.at(10).example(document, rng(3)).prefix == 40
+
+
+MASKED = MaskedLM(3, VOCABULARY, never=(4,))
+FILL, CODE = FillInTheMiddle(11, 12, 13, 14, edges=(15,)), CausalSpans((16, 17), 1, 2, edges=(15,))
+
+
+@pytest.mark.parametrize(("objective", "overlap", "prefixes", "special"), [
+    (CausalLM(), 1, False, ()), (FILL, 1, False, (11, 12, 13, 15, 14)), (CODE, 1, False, (16, 17, 1, 2, 15)),
+    (PrefixLM(), 0, False, ()), (SpanCorruption((8,), end=1, edges=(2,)), 0, False, (8, 2, 1)), (MASKED, 0, True, (3, 499, 4)),
+    (AsText(SpanCorruption((8,))), 0, True, (8,)), (AsPrefix(MASKED), 0, True, (3, 499, 4)),
+    (Mode(9, FILL), 1, False, (9, 11, 12, 13, 15, 14)), (AsText(Mode(9, PrefixLM())), 0, True, (9,)),
+    (Mixture((AsText(PrefixLM()), Mode(9, CausalLM())), (1.0, 1.0)), 1, True, (9,)),
+    (Mixture((FILL, CausalLM()), (1.0, 1.0)), 1, False, (11, 12, 13, 15, 14))])
+def test_what_objectives_declare(objective, overlap, prefixes, special):
+    assert (objective.overlap, objective.prefixes, objective.special) == (overlap, prefixes, special)
+
+
 @pytest.mark.parametrize("inner", [CausalLM(), PrefixLM(), MaskedLM(3, VOCABULARY)])
 def test_a_mode_marks_examples(inner):
     document = np.arange(5, 25, dtype=np.int32)
@@ -274,7 +335,9 @@ def test_a_schedule_is_one_objective_after_another():
     (lambda: Mixture((CausalLM(), PrefixLM()), (1.0, 1.0)), "examples of one kind, these make decoder, pair"),
     (lambda: Mixture((CausalLM(),), (0.0,)), "not all 0"), (lambda: Mixture((CausalLM(),), (1.0, 2.0)), "as many shares"),
     (lambda: Schedule(()), "these make none"), (lambda: Schedule(((CausalLM(), None), (CausalLM(), 3))), "at least 1 step"),
-    (lambda: Schedule(((CausalLM(), 0),)), "at least 1 step")])
+    (lambda: Schedule(((CausalLM(), 0),)), "at least 1 step"),
+    (lambda: AsPrefix(CausalLM()), "CausalLM makes examples for decoders"),
+    (lambda: AsPrefix(PrefixLM()), "PrefixLM makes examples for encoder-decoders")])
 def test_says_what_is_wrong(make, message):
     with pytest.raises(ValueError, match=message):
         make()

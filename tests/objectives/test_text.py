@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm import config, model
-from jaxlm.objectives import AsText, CausalLM, FillInTheMiddle, MaskedLM, PrefixLM, SpanCorruption, text
+from jaxlm.objectives import AsPrefix, AsText, CausalLM, FillInTheMiddle, MaskedLM, Mode, PrefixLM, SpanCorruption, text
 from tests import tiny
 from tests.decoding import oracle
 
@@ -54,7 +54,8 @@ def alone(weights, examples, sizes):
 
 
 @pytest.mark.parametrize("objective", [CausalLM(), FillInTheMiddle(1, 2, 3, rate=1.0), AsText(PrefixLM()),
-                                       AsText(SpanCorruption((4, 5, 6, 7), rate=0.3))], ids=lambda one: type(one).__name__)
+                                       AsText(SpanCorruption((4, 5, 6, 7), rate=0.3)),
+                                       AsPrefix(MaskedLM(1, tiny.VOCABULARY, rate=0.3))], ids=lambda one: type(one).__name__)
 def test_packed_texts_are_as_if_each_were_alone(objective):
     weights, sizes = tiny.weights(model.spec(CFG)), RANDOM.integers(0, 9, tiny.VOCABULARY)
     examples = [objective.example(RANDOM.integers(8, tiny.VOCABULARY, n), RANDOM) for n in (9, 14, 2)]
@@ -80,12 +81,17 @@ ENCODER = tiny.decoder([tiny.block(causal=False)])
 @pytest.mark.parametrize(("objective", "cfg", "says"), [
     (PrefixLM(), CFG, r"makes pairs, for encoder-decoders: AsText\(PrefixLM"), (CausalLM(), ENCODER, "Attention.causal"),
     (CausalLM(), tiny.decoder([tiny.block(), tiny.block(causal=False)]), "attention that sees it"),
-    (MaskedLM(1, 19), CFG, r"Attention\(causal=False\)")])
+    (MaskedLM(1, 19), CFG, r"Attention\(causal=False\) everywhere, or AsPrefix\(MaskedLM"),
+    (AsPrefix(MaskedLM(1, 19)), ENCODER, "attention that sees it"),
+    (FillInTheMiddle(1, 2, 19), CFG, "FillInTheMiddle needs the token 19, and this model's vocabulary of 19 has 0 to 18"),
+    (AsText(SpanCorruption((4, 500))), CFG, "AsText needs the token 500"), (Mode(-1, CausalLM()), CFG, "the token -1"),
+    (MaskedLM(1, 21), ENCODER, "MaskedLM needs the token 20")])
 def test_what_a_model_cannot_take(objective, cfg, says):
     with pytest.raises(ValueError, match=says):
         text.check(objective, cfg)
     text.check(MaskedLM(1, 19), ENCODER)
     text.check(AsText(PrefixLM()), CFG)
+    text.check(AsPrefix(MaskedLM(1, 19)), CFG)
 
 
 def test_only_pairs_become_texts():

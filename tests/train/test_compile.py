@@ -6,10 +6,12 @@ import json
 
 import pytest
 import tyro
+from rich.console import Console
 
 from infer import compile as slices
 from jaxlm import sharding
 from train import compile as program
+from train.__main__ import read
 
 pytest.importorskip("libtpu", reason="the TPU compiler comes for Linux on x86-64 only")
 
@@ -55,6 +57,27 @@ def test_fully_sharded(path):
     weights = found["parameters"]
     assert found["collectives"]["all-gather"]["bytes"] < 1.2 * 2 * 2 * weights
     assert "fits" in table and "products" in table
+
+
+@pytest.mark.parametrize(("usable", "rows", "remat"), [(100, 96, "full"), (15, 12, "full"), (3, 4, "full")])
+def test_search(path, monkeypatch, usable, rows, remat):
+    def facts(recipe, topology, count):
+        needed = recipe.rows * {"none": 4, "products": 2, "full": 1}[recipe.remat]
+        tried.append((recipe.rows, recipe.remat))
+        return {"rows": recipe.rows, "remat": recipe.remat, "needed_bytes": needed, "fits": needed <= usable}
+
+    tried = []
+    monkeypatch.setattr(program, "facts", facts)
+    found = program.search(read(str(path)), "v5e:2x2", 1, Console(file=io.StringIO()))
+    assert (found["rows"], found["remat"], found["fits"]) == (rows, remat, usable > 3)
+    assert len(set(tried)) == len(tried) < 12 and all(rows % 4 == 0 for rows, _ in tried)
+
+
+def test_search_takes_the_remat_that_computes_least_again(path, monkeypatch):
+    monkeypatch.setattr(program, "facts", lambda recipe, *_: {
+        "rows": recipe.rows, "remat": recipe.remat, "needed_bytes": 0, "fits": recipe.rows <= 8 and recipe.remat != "none"})
+    found = program.search(read(str(path)), "v5e:2x2", 1, Console(file=io.StringIO()))
+    assert (found["rows"], found["remat"]) == (8, "products")
 
 
 def test_slices_are_divided_by_the_outer_axis():

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 
 import jaxlm
+from infer import session
 from jaxlm.data.tokenizer import Tokenizer
+from train import __main__ as main
 from train import export, tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -130,33 +133,63 @@ def test_a_tokenizer(folder, capsys):
     assert Tokenizer.from_directory(folder / "made").size == 300
 
 
+ENDLESS = ("--steps", "1000000", "--evaluate-every", "1000000")
+
+
 def wait_for(folder, out, step, process):
-    """Until the record of a step is there, or the program ended."""
-    while len(records(folder, out)) < step and process.poll() is None:
+    """Until the record of a step is there, while the program runs."""
+    while len(records(folder, out)) < step:
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
+
+
+def newest(folder, out):
+    """The step of a run's newest checkpoint; one that is not whole has another kind of name."""
+    return max((int(path.name) for path in (folder / out / "checkpoints").glob("*") if path.name.isdigit()), default=0)
+
+
+def killed(folder, out, more, every):
+    """Lets a run go on from its newest checkpoint for so many steps at least, kills it, returns that checkpoint's step."""
+    begun, told = newest(folder, out), folder / out / "metrics.jsonl"
+    before = told.stat().st_ino if told.exists() else None
+    process = start(folder, out, *ENDLESS, "--checkpoint-every", str(every))
+    while not told.exists() or told.stat().st_ino == before:  # what is there may be of steps that this run has yet to do again
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    wait_for(folder, out, begun + more, process)
+    process.kill()
+    _, said = process.communicate()
+    assert process.returncode == -signal.SIGKILL and (f", from step {begun}\n" in said) == (begun > 0), said
+    return begun
 
 
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_step_it_goes_on_as_if_nothing_had_been(folder, whole, times):
-    out, dice = f"killed{times}", random.Random(times)
+    out, dice, every, begun = f"killed{times}", random.Random(times), 3, []
     for _ in range(times):
-        process = start(folder, out)
-        wait_for(folder, out, min(len(records(folder, out)) + dice.randint(1, 5), 22), process)
-        process.kill()
-        process.communicate()
-    finish(start(folder, out))
+        # A second checkpoint is begun when the first is whole, so the first run leaves one.
+        begun.append(killed(folder, out, dice.randint(1 if begun else 2 * every + 1, 5 * every), every))
+    begun.append(newest(folder, out))
+    print(f"runs began at steps {begun}")
+    assert begun[0] == 0 and begun == sorted(begun) and min(begun[1:]) >= every
+    steps = max(begun[-1] + 3, 24)
+    if steps > 24:
+        finish(start(folder, f"{out}not", "--steps", str(steps)))
+        whole = losses(folder, f"{out}not")
+    assert finish(start(folder, out, "--steps", str(steps)))["step"] == steps
     assert losses(folder, out) == whole
 
 
 def test_sigterm_saves_and_ends_well(folder, whole):
-    process = start(folder, "terminated", "--checkpoint-every", "1000")
+    process = start(folder, "terminated", *ENDLESS, "--checkpoint-every", "1000000")
     wait_for(folder, "terminated", 5, process)
     process.send_signal(signal.SIGTERM)
     result = finish(process)
-    if result["stopped"] is not None:  # a step is short: it may have been through
-        assert result["stopped"] == "SIGTERM" and 5 <= result["step"] < 24
-    assert finish(start(folder, "terminated"))["step"] == 24
-    assert losses(folder, "terminated") == whole
+    assert result["stopped"] == "SIGTERM" and result["step"] >= 5
+    assert [int(path.name) for path in (folder / "terminated" / "checkpoints").iterdir()] == [result["step"]]
+    steps = max(result["step"] + 3, 24)
+    assert finish(start(folder, "terminated", "--steps", str(steps)))["step"] == steps
+    assert losses(folder, "terminated")[:24] == whole
 
 
 def two(folder, out, *arguments):
@@ -189,6 +222,19 @@ def test_two_processes_train_and_one_goes_on(folder, whole):
     result = finish(start(folder, "both"))
     assert result["step"] == 24
     np.testing.assert_allclose(losses(folder, "both"), whole, rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_with_one_line(folder, monkeypatch, tmp_path):
+    """That names what was read."""
+    monkeypatch.setenv("JAXLM_HOME", str(folder / "home"))
+    monkeypatch.setattr(session, "cache_compilations", lambda: None)
+    (tmp_path / "far.py").write_text((folder / "small.py").read_text().replace("Cosine(1e-2", "Cosine(1e36"))
+    with pytest.raises(SystemExit) as ended, session.errors():
+        main.main(main.Arguments(str(tmp_path / "far.py"), tmp_path / "out", steps=3))
+    assert re.match(r"error: step 1: loss [\d.]+, gradient norm [\d.]+, but the new weights are not finite; there is no "
+                    r"checkpoint; documents as phase/source/number, from 0, of row 0: 0/0/\d+.*, row 7: 0/0/\d+$",
+                    ended.value.code)
+    assert not list((tmp_path / "out" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(("arguments", "says"), [

@@ -37,7 +37,7 @@ def stub(traces=None, skip=False):
         finite = jnp.isfinite(number)
         if skip:
             new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state.params)
-        metrics = Metrics(number, jnp.float32(batch["x"].size), number * 2, finite, {"accuracy": number / 10})
+        metrics = Metrics(number, jnp.float32(3.0), number * 2, finite, {"accuracy": number / 10})
         return state.replace(step=state.step + 1, params=new), metrics
     return jax.jit(advance, donate_argnums=0)
 
@@ -60,6 +60,12 @@ class Numbers:
         segments = np.array([[1, 1, 1, 0], [1, 1, 0, 0]])
         state = np.array([[10 * self.step, 5], [10 * self.step + 3, 6]], np.int32)
         return {"x": np.full((2, LENGTH), number, np.float32), "segments": segments, "state": state}
+
+
+def documents(batch, step):
+    """As `Batches.documents`: two of the first row, one of the second."""
+    number = int(batch["state"][0, 0])
+    return {4: [(0, 1, number), (0, 0, step)], 5: [(0, 1, number + 3)]}
 
 
 class Heard:
@@ -119,7 +125,8 @@ def test_one_record_per_step_in_order(start, steps):
     assert [record["step"] for record in heard.records] == list(range(start + 1, steps + 1))
     for record in heard.records:
         number = record["step"]
-        assert record["loss"] == number and record["gradient_norm"] == 2 * number and record["tokens"] == 2 * LENGTH
+        assert record["loss"] == number and record["gradient_norm"] == 2 * number
+        assert (record["tokens"], record["weight"]) == (2 * LENGTH, 3.0)
         assert record["accuracy"] == pytest.approx(number / 10) and record["padding"] == 3 / 8
         assert record["learning_rate"] == 0.5 * (number - 1)
         assert record["mfu"] == pytest.approx(record["tokens_per_s"] / 10) and record["tokens_per_s"] > 0
@@ -152,23 +159,33 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_kept(tmp_path, bad, every)
     heard = Heard()
     with Checkpoints(tmp_path, {}, last=100) as kept:
         last = (bad - 1) // every * every
-        where = f"the last checkpoint is of step {last}$" if last else "there is no checkpoint$"
-        with pytest.raises(NonFiniteLoss, match=rf"^step {bad}: loss nan, gradient norm nan \(rows had read \[{bad}0\] to "
-                                                rf"\[{bad}3\] documents of each phase\); {where}"):
-            go(8, numbers=Numbers(bad=[bad]), report=heard, checkpoints=kept, checkpoint_every=every)
+        where = f"the last checkpoint is of step {last}" if last else "there is no checkpoint"
+        read = f"documents as phase/source/number, from 0, of row 4: 0/1/{bad}0 0/0/{bad - 1}, row 5: 0/1/{bad}3$"
+        with pytest.raises(NonFiniteLoss, match=f"^step {bad}: loss nan, gradient norm nan; {where}; {read}"):
+            go(8, numbers=Numbers(bad=[bad]), report=heard, checkpoints=kept, checkpoint_every=every, documents=documents)
     assert sorted(map(int, os.listdir(tmp_path))) == list(range(every, bad, every))
     assert [record["step"] for record in heard.records] == list(range(1, bad))
 
 
 def test_without_checkpoints_it_says_so():
-    with pytest.raises(NonFiniteLoss, match="step 2: .*; there is no checkpoint"):
+    with pytest.raises(NonFiniteLoss, match="step 2: .*; there is no checkpoint$"):
         go(8, numbers=Numbers(bad=[2]))
 
 
+def test_weights_that_are_not_finite_are_told_apart():
+    def advance(state, batch):
+        state, metrics = stub()(state, batch)
+        return state, metrics.replace(finite=metrics.loss < 3)
+    with pytest.raises(NonFiniteLoss, match="step 3: loss 3.0, gradient norm 6.0, but the new weights are not finite; there"):
+        go(8, advance=jax.jit(advance))
+
+
 def test_some_in_a_row_may_be_left_out():
-    done, heard = go(9, numbers=Numbers(bad=[2, 3, 6, 7]), advance=stub(skip=True), skip=2)
+    done, heard = go(9, numbers=Numbers(bad=[2, 3, 6, 7]), advance=stub(skip=True), skip=2, documents=documents)
     assert [record["step"] for record in heard.records] == list(range(1, 10))
     assert [record["step"] for record in heard.records if record.get("skipped")] == [2, 3, 6, 7]
+    assert [record["documents"][-7:] for record in heard.records if "documents" in record] == [
+        f" 0/1/{step}3" for step in (2, 3, 6, 7)]
     assert np.isfinite(done.state.params["w"]).all()
     with pytest.raises(NonFiniteLoss, match="step 5: "):
         go(9, numbers=Numbers(bad=[3, 4, 5]), advance=stub(skip=True), skip=2)
@@ -269,6 +286,43 @@ def test_errors_come_through_and_what_was_done_is_told():
     assert [record["step"] for record in heard.records[4:]] == [1, 2, 3]
     with pytest.raises(OSError, match="went away"):  # the first error, though there is a second
         go(9, numbers=Numbers(bad=[3], at={5: fails}))
+
+
+class Breaks(Heard):
+    """A report whose disk goes away, once or from a step on."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+
+    def step(self, record):
+        if record["step"] in self.steps:
+            fails()
+        super().step(record)
+
+
+@pytest.mark.parametrize(("numbers", "report", "kept_step"), [
+    (Numbers(at={8: fails}), Heard(), 7), (Numbers(), Breaks([5]), 7), (Numbers(), Breaks(range(5, 99)), 7)],
+    ids=["batch", "record", "records"])
+def test_an_error_in_the_middle_loses_nothing_that_was_done(tmp_path, numbers, report, kept_step):
+    """Of a record too: steps under way when it could not be written are kept."""
+    whole, _ = go(12)
+    with Checkpoints(tmp_path, {}) as kept:
+        with pytest.raises(OSError, match="went away"):
+            go(12, numbers=numbers, report=report, checkpoints=kept, checkpoint_every=1000)
+        assert kept.latest == kept_step
+        found = kept.restore(begin(), jnp.zeros((2, 2), jnp.int32))
+    assert found.rows[0, 0] == 10 * kept_step
+    done, _ = go(12, numbers=Numbers(kept_step), state=found.state, start=found.step)
+    same(done.state, whole.state)
+
+
+@pytest.mark.parametrize("report", [Heard(), Breaks([5]), Breaks(range(4, 99))], ids=["told", "once", "never"])
+def test_after_an_error_what_is_not_finite_is_not_kept(tmp_path, report):
+    with Checkpoints(tmp_path, {}) as kept:
+        with pytest.raises((OSError, NonFiniteLoss)):
+            go(12, numbers=Numbers(bad=[6], at={8: fails}), report=report, checkpoints=kept)
+        assert kept.latest is None
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_not_a_loss():

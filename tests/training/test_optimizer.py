@@ -1,5 +1,7 @@
 """Updates beside their formulas in NumPy; which weights decay, stay, or learn at another rate."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,18 @@ def test_clipping_is_of_all_that_is_trained_together():
     assert sum(leaf.size for leaf in held if leaf.ndim) == 2 * sum(paths(WEIGHTS)[path].size for path in free)
 
 
+@pytest.mark.parametrize("kind", [AdamW(), Lion(weight_decay=0.3), Muon()])
+def test_decay_does_not_go_by_multipliers(kind):
+    """It takes the schedule's rate of the weight's size, whatever the update's factor is; none of what is frozen."""
+    without = dataclasses.replace(kind, weight_decay=0.0)
+    for multipliers in ((), (("*", 0.25),)):
+        optimizer = Optimizer(kind, Constant(0.01), multipliers=multipliers, frozen=("embedding/*",), decayed=("*",))
+        one, other = run(optimizer, 1), run(dataclasses.replace(optimizer, kind=without), 1)
+        for path, weight in paths(WEIGHTS).items():
+            share = 0.0 if path == "embedding/tokens" else 0.01 * kind.weight_decay
+            np.testing.assert_allclose(other[path] - one[path], share * np.asarray(weight), rtol=1e-3, atol=1e-6)
+
+
 def test_multipliers_scale_the_rate_and_the_schedule_moves_it():
     slow = Optimizer(AdamW(weight_decay=0.0), Constant(0.01), clip=None, multipliers=(("*", 0.5), ("blocks/scale", 2.0)))
     plain, found = run(Optimizer(AdamW(weight_decay=0.0), Constant(0.01), clip=None)), run(slow)
@@ -142,6 +156,7 @@ def test_every_kind_takes_a_models_spec(kind):
 @pytest.mark.parametrize(("fields", "message"), [
     ({"frozen": ("nothing/*",)}, "no path matches 'nothing/\\*'; paths are like blocks/"),
     ({"decayed": ("x",)}, "no path matches 'x'"), ({"multipliers": (("x", 2.0),)}, "no path matches 'x'"),
+    ({"multipliers": (("blocks/w", 0.0),)}, "multiplier of 'blocks/w' has to be above 0, got 0.0; .* frozen"),
     ({"frozen": ("*",)}, "all weights are frozen by \\*")])
 def test_says_what_is_wrong(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -94,6 +94,34 @@ def test_what_is_not_finite_is_told_and_may_be_skipped(skip):
         assert metrics.finite
 
 
+def test_weights_that_overflow_are_not_finite_though_the_gradient_is():
+    def go(rate, **options):
+        transform = optax.sgd(rate)
+        state = steps.begin(START, transform, jax.random.key(0))
+        return jax.jit(lambda state, batch: steps.advance(squares, transform, state, batch, **options))(state, BATCH)
+
+    new, metrics = go(3e38)
+    assert not np.isfinite(new.params["w"]).all() and np.isfinite(metrics.loss) and np.isfinite(metrics.gradient_norm)
+    assert not metrics.finite
+    assert go(1e15)[1].finite
+    new, metrics = go(3e38, skip=True)
+    assert not metrics.finite
+    np.testing.assert_array_equal(new.params["w"], START["w"])
+
+
+def test_the_schedule_goes_on_over_skipped_steps_and_moments_do_not():
+    """So the rate of a step is the schedule's of that step, and Adam corrects by the gradients that it saw."""
+    transform = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(lambda step: 0.1 * (step + 1)))
+    step = jax.jit(lambda state, batch: steps.advance(squares, transform, state, batch, skip=True)[0])
+    first = steps.begin(START, transform, jax.random.key(0))
+    skipped = first
+    for _ in range(3):
+        skipped = step(skipped, BATCH | {"y": np.full(8, np.nan, np.float32)})
+    np.testing.assert_array_equal(skipped.params["w"], START["w"])
+    once, later = (np.asarray(step(state, BATCH).params["w"]) - np.asarray(START["w"]) for state in (first, skipped))
+    np.testing.assert_allclose(later, 4 * once, rtol=1e-5)
+
+
 def test_what_is_drawn_depends_on_key_step_and_piece_alone():
     def noisy(params, batch, key):
         return Loss(params["w"].sum() + jax.random.uniform(key), jnp.float32(1.0), {})
