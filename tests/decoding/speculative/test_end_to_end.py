@@ -117,7 +117,7 @@ def test_a_draft_model_elsewhere_is_refused():
         generate(split, "a", 2, drafter=lm)
 
 
-@pytest.mark.parametrize("name", ["lookup+recycling", "model"])
+@pytest.mark.parametrize("name", [pytest.param("lookup+recycling", marks=pytest.mark.slow), "model"])
 def test_bfloat16_parts_from_plain_decoding_only_at_ties(name):
     """Sums in another order round to other bfloat16: where texts part, the two tokens' logits are next to equal."""
     lm, prompts = stubs.random("rope"), ["abcabc", "hello hello", "x"]
@@ -131,6 +131,7 @@ def test_bfloat16_parts_from_plain_decoding_only_at_ties(name):
         assert same == len(ours) or abs(mine[same] - its[same]) < 0.1
 
 
+@pytest.mark.slow
 def test_a_model_draws_as_the_rule_needs():
     lm = stubs.random("rope")
     drawn = make(lm, 4, lm, 1, draws="independent")

@@ -79,7 +79,10 @@ def check(lm, prompts, asked, drafter):
     return did
 
 
-@pytest.mark.parametrize("name", TARGETS)
+SLOW = ("capped", "int8", "learned")  # their drafters are tested on every run
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in TARGETS])
 @settings(max_examples=12)
 @given(requests(), st.integers(0, 2**31), st.sampled_from([0.2, 0.7, 0.95]))
 def test_random_trees(name, request_, seed, right):

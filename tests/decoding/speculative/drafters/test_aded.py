@@ -234,7 +234,7 @@ DRAFTERS = {"alone": ADED(nodes=8, length=4, simulations=8, pairs=64),
             "union": Union((Lookup(length=4, nodes=13), ADED(nodes=8, simulations=8, pairs=64)), (8,))}
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", ["alone", pytest.param("union", marks=pytest.mark.slow)])
 @settings(max_examples=5)
 @given(requests())
 def test_gives_the_tokens_of_plain_decoding(name, request_):
