@@ -328,7 +328,13 @@ class Run(Program):
     def plan(self) -> Plan:
         """Of the batches."""
         one = self.recipe
-        return Plan(self.phases, _Encoder(self.tokenizer), _At(one.objective), one.rows, one.length, one.seed, one.cut)
+        return Plan(self.phases, _Encoder(self.tokenizer), self._at(one.objective), one.rows, one.length, one.seed, one.cut)
+
+    def _at(self, objective: Objective | objectives.Schedule) -> _At:
+        edges = tuple(token for token in (self.tokenizer.bos_id, self.tokenizer.eos_id) if token is not None)
+        if isinstance(objective, objectives.Schedule):
+            return _At(objectives.Schedule(tuple((objectives.told(one, edges), steps) for one, steps in objective.phases)))
+        return _At(objectives.told(objective, edges))
 
     @functools.cached_property
     def rows(self) -> list[int]:
@@ -372,7 +378,8 @@ class Run(Program):
         one = self.recipe
         if self.held_out is None:
             return None
-        plan = dataclasses.replace(self.plan, phases=(self.held_out,), objective=_At(one.objectives[-1]), seed=one.seed + 1)
+        asked = self._at(one.objectives[-1])
+        plan = dataclasses.replace(self.plan, phases=(self.held_out,), objective=asked, seed=one.seed + 1)
         with Batches(plan, self.rows, ahead=0) as found:
             kept = [self.place(next(found)) for _ in range(one.evaluation_batches)]
         for batch in kept:

@@ -129,6 +129,14 @@ def test_objectives_are_learned(files, objective):
     assert np.all(np.isfinite(found)) and found[-1] < 0.8 * found[0]
 
 
+def test_a_document_ends_with_its_end_whatever_is_moved(files):
+    objective = objectives.Schedule(((FillInTheMiddle(PREFIX, SUFFIX, MIDDLE, rate=1.0), None),))
+    with Run(recipe(files, objective=objective, mesh=()), jax.devices()[:1]).batches() as batches:
+        batch = next(batches)
+    used = batch["segments"] > 0
+    assert (batch["targets"][used] == END).any() and not (batch["tokens"][used] == END).any()
+
+
 def test_an_encoder_learns_what_is_hidden(files):
     encoder = tiny.decoder([tiny.block(causal=False)] * 2, embedding=config.Embedding(VOCABULARY + 20))
     objective = MaskedLM(PREFIX, VOCABULARY, rate=0.3)

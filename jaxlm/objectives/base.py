@@ -5,7 +5,7 @@ The loss of all of these is that of predicted tokens, `cross_entropy`; objective
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -87,6 +87,25 @@ def without_edges(tokens: Ids, edges: Collection[int]) -> tuple[Ids, Ids, Ids]:
     own = np.flatnonzero(~np.isin(tokens, edges))
     begin, end = (own[0], own[-1] + 1) if len(own) else (len(tokens), len(tokens))
     return tokens[:begin], tokens[begin:end], tokens[end:]
+
+
+def told(objective: Objective, edges: tuple[int, ...]) -> Objective:
+    """The objective, with those that it is made of, told which tokens documents begin and end with.
+
+    Dataclass fields called `edges` and `never` are set where they are empty: who has set them knows better.
+    """
+    if not dataclasses.is_dataclass(objective):
+        return objective
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(objective):
+        value = getattr(objective, field.name)
+        if field.name in ("edges", "never") and not value:
+            changes[field.name] = edges
+        elif isinstance(value, Objective):
+            changes[field.name] = told(value, edges)
+        elif isinstance(value, tuple) and value and all(isinstance(one, Objective) for one in value):
+            changes[field.name] = tuple(told(one, edges) for one in value)
+    return dataclasses.replace(objective, **changes)
 
 
 def as_text(pair: Pair) -> Text:

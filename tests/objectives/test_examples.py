@@ -1,5 +1,7 @@
 """What objectives make of documents: every token accounted for, corruption as stated, the way back to the document."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,12 +16,14 @@ from jaxlm.objectives import (
     MaskedLM,
     Mixture,
     Mode,
+    Objective,
     Pair,
     PrefixLM,
     Schedule,
     SpanCorruption,
     Text,
     as_text,
+    told,
     ul2,
 )
 from jaxlm.objectives.spans import lengths, segment, spans, split
@@ -312,6 +316,20 @@ def test_a_mode_marks_examples(inner):
     assert marked.tokens.tolist() == [900, *made.tokens] and marked.weights.tolist() == [0.0, *made.weights]
     assert marked.targets[1:].tolist() == made.targets.tolist()
     assert marked.prefix == (made.prefix + 1 if made.prefix else 0)
+
+
+def test_all_are_told_what_documents_begin_and_end_with():
+    spans, own = SpanCorruption(SENTINELS, end=2), FillInTheMiddle(1, 2, 3, edges=(5,))
+    assert told(Mixture((Mode(7, spans), PrefixLM()), (1, 2)), (8, 9)) == Mixture(
+        (Mode(7, dataclasses.replace(spans, edges=(8, 9))), PrefixLM()), (1, 2))
+    assert told(AsPrefix(MaskedLM(1, 9)), (8,)).objective.never == (8,)
+    assert told(own, (8,)) == own and told(CausalLM(), (8,)) == CausalLM()
+
+    class Mine(Objective):
+        makes = "decoder"
+
+    mine = Mine()
+    assert told(mine, (8,)) is mine
 
 
 def test_a_schedule_is_one_objective_after_another():
