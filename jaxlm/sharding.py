@@ -22,6 +22,8 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 AXES = ("data", "fsdp", "expert", "sequence", "model")
 
+PRESETS = {"dp": "data", "fsdp": "fsdp", "tp": "model"}  # the field's names for a mesh of one axis over all devices
+
 RULES: Rules = {
     "batch": ("data", "fsdp"),
     "length": "sequence",

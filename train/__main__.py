@@ -17,7 +17,7 @@ import jax
 import tyro
 
 from infer import session
-from jaxlm import config
+from jaxlm import config, sharding
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.decoding.speculative import cost
 from jaxlm.params import count
@@ -64,7 +64,7 @@ class Arguments:
     remat: Literal["none", "full", "products"] | None = None
     """What the backward pass computes again: less memory, more work."""
     mesh: tuple[str, ...] = ()
-    """Like data=2 fsdp=4; -1 is what the others leave."""
+    """Like data=2 fsdp=4; -1 is what the others leave. dp, fsdp or tp alone is one axis over all that is left."""
     checkpoint_every: int | None = None
     """Steps."""
     evaluate_every: int | None = None
@@ -116,14 +116,15 @@ def read(path: str) -> Recipe:
 
 
 def read_mesh(axes: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
-    """Axes and their sizes, as a recipe has them.
+    """Axes and their sizes, as a recipe has them; dp, fsdp and tp alone are axes over all devices that are left.
 
     Raises:
       ValueError: for what is not like data=2.
     """
-    parts = [axis.partition("=") for axis in axes]
+    parts = [(f"{sharding.PRESETS[axis]}=-1" if axis in sharding.PRESETS else axis).partition("=") for axis in axes]
     if not all(size.removeprefix("-").isdigit() for _, _, size in parts):
-        raise ValueError(f"--mesh takes axes with their sizes, like data=2 fsdp=4, got {' '.join(axes)}")
+        raise ValueError(f"--mesh takes axes with their sizes, like data=2 fsdp=4, or one of {', '.join(sharding.PRESETS)} for "
+                         f"one over all devices, got {' '.join(axes)}")
     return tuple((name, int(size)) for name, _, size in parts)
 
 

@@ -11,7 +11,7 @@ import cloudpickle
 import jax
 import pytest
 
-from jaxlm import config
+from jaxlm import config, sharding
 from jaxlm.data.source import JsonLines
 from jaxlm.data.stream import Batches, Phase, Plan
 from jaxlm.data.tokenizer import Tokenizer
@@ -164,6 +164,14 @@ def test_what_is_no_configuration(tmp_path):
 def test_an_axis_twice(files):
     with pytest.raises(ValueError, match="names an axis twice: data=1 data=7"):
         recipe(files, mesh=read_mesh(("data=1", "data=7")))
+
+
+@pytest.mark.parametrize(("asked", "sizes"), [
+    (("dp",), {"data": 8}), (("fsdp",), {"fsdp": 8}), (("tp",), {"model": 8}), (("fsdp", "model=2"), {"fsdp": 4, "model": 2}),
+    (("data=2", "tp"), {"data": 2, "model": 4})])
+def test_presets_of_meshes(asked, sizes):
+    found = sharding.mesh(**dict(read_mesh(asked)))
+    assert {axis: size for axis, size in found.shape.items() if size > 1} == sizes
 
 
 def letters(text):
