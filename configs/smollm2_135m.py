@@ -1,12 +1,13 @@
 """SmolLM2 135M: 30 layers of Llama's kind, 9 query heads on 3 key-value heads of width 64. https://arxiv.org/abs/2502.02737
 
-Compiled for one TPU chip on a machine that has none, decoding and training, half a minute each:
+Compiled for TPUs on a machine that has none, decoding on one chip and training on four, about a minute each:
 
   python -m infer.compile --model configs/smollm2_135m.py --topology v5e:1x1 --batch 1 --length 4096
   python -m train.compile configs/smollm2_135m.py --topology v5e:2x2
 
-Decoding fits many times over, and the loop copies nothing of the cache. The data is an example: point `phases` and `tokenizer`
-at your own. The schedule is the paper's in shape: warm-up, a constant rate, a linear fall over the last fifth.
+Decoding fits many times over, and the loop copies nothing of the cache. Of training, on four chips: 14.4 of 15.75 GiB, 1.18
+times the model's products (remat computes attention's scores again), gradients summed once a step (0.3 GiB). `--search` finds
+448 rows with remat "full". The data is an example: point `phases` and `tokenizer` at your own. The schedule is the paper's in shape: warm-up, a constant rate, a linear fall over the last fifth.
 """
 
 from jaxlm.config import Attention, Block, Decoder, Dense, Embedding, Head, PreNorm, RmsNorm, Rope, stack_of
@@ -27,4 +28,4 @@ def config() -> Recipe:
     schedule = WarmupStableDecay(peak=3e-3, warmup_steps=2000, steps=steps, decay_steps=steps // 5)
     return Recipe(model=decoder, tokenizer="tokenizer", phases=(Phase(((ArrayRecords("data/*.array_record"), 1.0),)),),
                   objective=CausalLM(), optimizer=Optimizer(AdamW(weight_decay=0.01), schedule), rows=64, length=2048,
-                  steps=steps, dtype="bfloat16", checkpoint_every=1000)
+                  steps=steps, dtype="bfloat16", remat="products", checkpoint_every=1000)

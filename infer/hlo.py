@@ -332,7 +332,7 @@ def collectives(module: Module, computation: Computation, lengths: Lengths = Non
                 if channel is not None and inner is not None:
                     spread.add(same)
                 shapes = one.shapes
-                if inner is not None and kind == "all-reduce" and instruction.name.startswith("all-reduce-scatter"):
+                if inner is not None and kind == "all-reduce" and inner.name.startswith("all-reduce-scatter"):
                     kind, shapes = "reduce-scatter", instruction.shapes
                 sizes = [shape.nbytes for shape in shapes]
                 found[kind].update(count=times, bytes=times * (max(sizes) if one.opcode.endswith("-start") else sum(sizes)))

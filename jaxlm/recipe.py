@@ -58,7 +58,7 @@ class Recipe:
       checkpoint_every, evaluate_every: steps; None at the end only.
       evaluation_batches: read by an evaluation, always the same ones.
       evaluation: what they ask, whatever is learned meanwhile. None is the next token of plain text, so that bits per byte are
-        those of the text; for encoders, the objective of the last phase.
+        those of the text; for models that only learn hidden tokens, the objective of the last phase.
     """
 
     model: config.Decoder
@@ -109,12 +109,13 @@ class Recipe:
         learned = (self.objective,)
         if isinstance(self.objective, objectives.Schedule):
             learned = tuple(one for one, _ in self.objective.phases)
-        default = learned[-1] if learned[-1].makes == "encoder" else objectives.CausalLM()
+        hidden = learned[-1].makes == "encoder" or all(isinstance(one, objectives.AsPrefix) for one in learned)
+        default = learned[-1] if hidden else objectives.CausalLM()
         return (*learned, default if self.evaluation is None else self.evaluation)
 
     def about(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint of one recipe to be of use to another, as plain JSON; less `CHANGEABLE`, what
-        has to be. Of the optimizer that is what its moments depend on, not rates."""
+        """What must be the same for a checkpoint of one recipe to be of use to another, as plain JSON; those in `CHANGEABLE`
+        may differ when that is meant. Of the optimizer that is what its moments depend on, not rates."""
         one = self.optimizer
         moments = {"kind": type(one.kind).__name__, "clip": one.clip is not None, "decay": bool(one.kind.weight_decay),
                    "multipliers": bool(one.multipliers), "frozen": list(one.frozen)}
@@ -122,11 +123,19 @@ class Recipe:
                   for phase in self.phases]
         return {"model": config.to_dict(self.model), "optimizer": moments, "average": self.average is not None,
                 "rows": self.rows, "length": self.length, "seed": self.seed, "cut": self.cut,
-                "objective": _said(self.objective), "phases": phases}
+                "number of phases": len(phases), "objective": _said(self.objective), "phases": phases}
 
 
 def _said(one: Any) -> str:
-    """As Python shows it, without the addresses of what has no form of its own: they are others in every process."""
+    """As Python shows it, but arrays by their hash, and without the addresses of what has no form of its own: they are others
+    in every process."""
+    if isinstance(one, np.ndarray):
+        return f"{one.dtype}{list(one.shape)} {hashlib.blake2b(one.tobytes(), digest_size=8).hexdigest()}"
+    if isinstance(one, tuple):
+        return f"({', '.join(map(_said, one))})"
+    if dataclasses.is_dataclass(one) and not isinstance(one, type):
+        fields = ", ".join(f"{field.name}={_said(getattr(one, field.name))}" for field in dataclasses.fields(one))
+        return f"{type(one).__name__}({fields})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(one))
 
 
@@ -153,6 +162,8 @@ def _opened(phase: Phase) -> Phase:
     """The phase with its sources open, and the first document of each read: what is wrong with them is known now."""
     def opened(source: Source) -> _Opened:
         documents = source.open()
+        if not len(documents):
+            raise ValueError(f"{source} has no documents")
         documents[0]
         return _Opened(documents)
     return dataclasses.replace(phase, sources=tuple((opened(source), share) for source, share in phase.sources))
@@ -395,6 +406,8 @@ class Run(Program):
             for batch in kept:
                 more, aux = jax.device_get(measure(weights, batch))
                 weight, sums = weight + float(more), {name: value + float(aux[name]) for name, value in sums.items()}
+            if not weight or not sums["bytes"]:
+                raise ValueError("the held-out batches ask for nothing: their documents hold no text")
             return {"loss": sums["nll"] / weight, "accuracy": sums["correct"] / weight,
                     "bits_per_byte": sums["nll"] / sums["bytes"] / math.log(2)}
 

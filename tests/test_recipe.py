@@ -361,3 +361,19 @@ def test_a_decoder_learns_the_next_token_and_then_what_is_hidden(files):
     run = Run(recipe(files, objective=objectives.Schedule(((CausalLM(), 3), (masked, None))), mesh=()), jax.devices()[:1])
     found, *_ = losses(run, 15)
     assert found[-1] < 0.85 * found[3]
+
+
+def test_a_recipe_says_what_arrays_it_holds(files):
+    def said(starts):
+        return recipe(files, objective=AsPrefix(MaskedLM(PREFIX, VOCABULARY, starts=starts))).about()["objective"]
+
+    starts = np.zeros(5000, bool)
+    other = starts.copy()
+    other[2500] = True
+    assert said(starts) == said(starts.copy()) != said(other)
+
+
+def test_what_only_learns_hidden_tokens_is_evaluated_so(files):
+    hidden = AsPrefix(MaskedLM(PREFIX, VOCABULARY))
+    assert recipe(files, objective=hidden).objectives[-1] is hidden
+    assert recipe(files, objective=objectives.Schedule(((CausalLM(), 1), (hidden, None)))).objectives[-1] == CausalLM()

@@ -21,7 +21,7 @@ from jaxlm import config, sharding
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.decoding.speculative import cost
 from jaxlm.params import count
-from jaxlm.recipe import CHANGEABLE, Recipe, Run, identity
+from jaxlm.recipe import CHANGEABLE, Recipe, Run, identity, whole
 from jaxlm.training import report
 from jaxlm.training.checkpoint import Checkpoints, OtherRun
 from jaxlm.training.loop import Fitted, Settings, fit
@@ -161,6 +161,9 @@ def keep(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
     Raises:
       ValueError: when there is another one, or something that is none.
     """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file, and the run's tokenizer has to go there: remove it, or give another folder "
+                         "with --out")
     if directory.is_dir() and any(directory.iterdir()):
         there, ours = identity(Tokenizer.from_directory(directory)), identity(tokenizer)
         if there != ours:
@@ -178,6 +181,8 @@ def run(recipe: Recipe, out: pathlib.Path, arguments: Arguments, quiet: bool = F
     if min(arguments.workers, arguments.keep_best) < 0 or arguments.keep_last < 1:
         raise ValueError("--workers and --keep-best are at least 0, --keep-last at least 1, got "
                          f"{arguments.workers}, {arguments.keep_best} and {arguments.keep_last}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out is a folder, and {out} is a file")
     settings = Settings(recipe.steps, recipe.checkpoint_every, recipe.evaluate_every, arguments.skip,
                         out / "profile" if arguments.profile else None)
     # All that is read is opened before anything is written, and before the weights, which may take minutes.
@@ -197,7 +202,9 @@ def run(recipe: Recipe, out: pathlib.Path, arguments: Arguments, quiet: bool = F
                 if error.names <= set(CHANGEABLE):
                     raise ValueError(f"{error}; --changed-data goes on all the same") from error
                 raise
-            state, rows, start = found.state, found.rows, found.step
+            state, rows, start = found.state, whole(found.rows).copy(), found.step
+            if "phases" in found.changed:
+                rows[:, -1] = 0  # what was read of a document that is not there any more
         reports: list[report.Report] = []
         if first:
             keep(job.tokenizer, out / "tokenizer")

@@ -8,7 +8,10 @@ go on from there.
 
 import contextlib
 import dataclasses
+import multiprocessing
+import os
 import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
@@ -288,6 +291,8 @@ class _Rows(grain.IterDataset):
         self.start = plan, documents, list(rows), state, step
 
     def __iter__(self) -> grain.DatasetIterator:
+        if multiprocessing.parent_process() is not None:
+            threading.Thread(target=_follow, daemon=True).start()
         return _RowsIterator(_Filler(*self.start))
 
 
@@ -409,11 +414,19 @@ class Batches(Iterator[Batch]):
         self.close()
 
 
+def _follow() -> None:
+    """Ends this process when the one that began it has ended, however it has."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """Processes that begin here do not hear Ctrl-C: it is for the one that waits for them."""
+    """Processes that begin here do not hear Ctrl-C and SIGTERM: they are for the one that waits for them."""
     resource_tracker.ensure_running()  # when it begins, the mask is lifted
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

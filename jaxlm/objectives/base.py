@@ -49,7 +49,7 @@ class Objective:
 
     Attributes:
       makes: what its examples are for: "decoder" or "encoder" (`Text`), or "pair" (`Pair`; `AsText` makes texts of them).
-      overlap: tokens that the next piece of a document that is cut shares with the last, so that every token is asked.
+      overlap: tokens that the next piece of a document that is cut shares with the last, so that none is never asked.
       prefixes: whether an example may have a prefix; where none has, models need not look for any.
       special: ids that it puts into examples, or looks for in documents.
     """
@@ -92,14 +92,14 @@ def without_edges(tokens: Ids, edges: Collection[int]) -> tuple[Ids, Ids, Ids]:
 def told(objective: Objective, edges: tuple[int, ...]) -> Objective:
     """The objective, with those that it is made of, told which tokens documents begin and end with.
 
-    Dataclass fields called `edges` and `never` are set where they are empty: who has set them knows better.
+    These are the dataclass fields called `edges` and `never`, where they are None.
     """
     if not dataclasses.is_dataclass(objective):
         return objective
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(objective):
         value = getattr(objective, field.name)
-        if field.name in ("edges", "never") and not value:
+        if field.name in ("edges", "never") and value is None:
             changes[field.name] = edges
         elif isinstance(value, Objective):
             changes[field.name] = told(value, edges)

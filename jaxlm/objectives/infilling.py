@@ -20,7 +20,8 @@ class FillInTheMiddle(Objective):
       rate: share of documents that are cut; others are read as they are.
       spm: share of the cut ones that come with the suffix first: prefix token, suffix token, suffix, middle token, then prefix
         and middle in one piece.
-      edges: other tokens that documents may begin or end with, like those of beginning and end: they stay around the whole.
+      edges: other tokens that documents may begin or end with, like those of beginning and end: they stay around the
+        whole. None is those that the tokenizer puts there.
 
     Reference: Bavarian et al. 2022, section 3, https://arxiv.org/abs/2207.14255. Departs from it: cuts lie between tokens.
     """
@@ -33,7 +34,7 @@ class FillInTheMiddle(Objective):
     end: int | None = None
     rate: float = 0.5
     spm: float = 0.5
-    edges: tuple[int, ...] = ()
+    edges: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1 or not 0 <= self.spm <= 1:
@@ -46,7 +47,7 @@ class FillInTheMiddle(Objective):
 
     @property
     def _edges(self) -> tuple[int, ...]:
-        return self.edges if self.end is None else (*self.edges, self.end)
+        return (self.edges or ()) if self.end is None else (*(self.edges or ()), self.end)
 
     def example(self, tokens: Ids, random: np.random.Generator) -> Text:
         """Both cuts are drawn uniformly; parts may be empty."""
@@ -74,7 +75,8 @@ class CausalSpans(Objective):
       end: behind every span.
       corrupted: share of documents with spans.
       rate, mean: of them, as for `SpanCorruption`.
-      edges: tokens that documents may begin or end with, like those of beginning and end: they stay there.
+      edges: tokens that documents may begin or end with, like those of beginning and end: they stay there. None is those
+        that the tokenizer puts there.
 
     Reference: Nijkamp et al. 2023, section 3.3, https://arxiv.org/abs/2305.02309
     """
@@ -87,7 +89,7 @@ class CausalSpans(Objective):
     corrupted: float = 0.5
     rate: float = 0.15
     mean: float = 3.0
-    edges: tuple[int, ...] = ()
+    edges: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.corrupted <= 1 or not 0 < self.rate < 1 or self.mean < 1 or not self.sentinels:
@@ -97,14 +99,14 @@ class CausalSpans(Objective):
     @property
     def special(self) -> tuple[int, ...]:  # type: ignore[override]
         """Sentinels, what is between and behind, and around the document."""
-        return *self.sentinels, self.separator, self.end, *self.edges
+        return *self.sentinels, self.separator, self.end, *(self.edges or ())
 
     def example(self, tokens: Ids, random: np.random.Generator) -> Text:
         """All tokens are asked, those of the document too."""
         tokens = check(tokens)
         if random.random() >= self.corrupted:
             return following(tokens)
-        first, tokens, last = without_edges(tokens, self.edges)
+        first, tokens, last = without_edges(tokens, self.edges or ())
         mask = spans(len(check(tokens, 1)), self.rate, self.mean, len(self.sentinels), random)
         left, gone = split(tokens, mask, self.sentinels)
         starts = np.flatnonzero(np.isin(gone, self.sentinels))

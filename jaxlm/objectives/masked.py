@@ -19,7 +19,7 @@ class MaskedLM(Objective):
       rate: share of the tokens that is chosen: exactly, rounded, at least one. With `starts`, whole words are taken as long as
         they fit.
       hidden, replaced: shares of the chosen that become the mask and another token; the rest stays.
-      never: ids that are not chosen, like those of beginning and end.
+      never: ids that are not chosen, like those of beginning and end. None is those that the tokenizer puts there.
       starts: bool [V], tokens that begin a word: words are then chosen whole. None chooses tokens.
 
     Reference: Devlin et al. 2019, section 3.1, https://arxiv.org/abs/1810.04805; rate 0.3 is MosaicBERT's.
@@ -32,7 +32,7 @@ class MaskedLM(Objective):
     rate: float = 0.15
     hidden: float = 0.8
     replaced: float = 0.1
-    never: tuple[int, ...] = ()
+    never: tuple[int, ...] | None = None
     starts: Bool[np.ndarray, " V"] | None = None
 
     def __post_init__(self) -> None:
@@ -45,12 +45,12 @@ class MaskedLM(Objective):
     @property
     def special(self) -> tuple[int, ...]:  # type: ignore[override]
         """The mask, the last of the tokens that are drawn, and those never chosen."""
-        return self.mask, self.vocabulary - 1, *self.never
+        return self.mask, self.vocabulary - 1, *(self.never or ())
 
     def example(self, tokens: Ids, random: np.random.Generator) -> Text:
         """Everything is seen from everywhere."""
         tokens = check(tokens, 1)
-        free = ~np.isin(tokens, self.never)
+        free = ~np.isin(tokens, self.never or ())
         if not free.any():
             raise ValueError("this document has no token that may be chosen")
         chosen = self._choose(tokens, free, random)

@@ -57,7 +57,8 @@ class SpanCorruption(Objective):
       rate: share of tokens corrupted, rounded to whole tokens.
       mean: tokens per span.
       end: token at the end of inputs and targets; None for none. A document's own at its end is that of the inputs.
-      edges: other tokens that documents may begin or end with, like those of beginning and end: they stay there, in the inputs.
+      edges: other tokens that documents may begin or end with, like those of beginning and end: they stay there, in the
+        inputs. None is those that the tokenizer puts there.
 
     Reference: Raffel et al. 2020, section 3.1.4, https://arxiv.org/abs/1910.10683
     """
@@ -67,7 +68,7 @@ class SpanCorruption(Objective):
     rate: float = 0.15
     mean: float = 3.0
     end: int | None = None
-    edges: tuple[int, ...] = ()
+    edges: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.sentinels or len(set(self.sentinels)) < len(self.sentinels):
@@ -83,7 +84,7 @@ class SpanCorruption(Objective):
 
     @property
     def _edges(self) -> tuple[int, ...]:
-        return self.edges if self.end is None else (*self.edges, self.end)
+        return (self.edges or ()) if self.end is None else (*(self.edges or ()), self.end)
 
     def example(self, tokens: Ids, random: np.random.Generator) -> Pair:
         """What is left, and what is gone."""
@@ -96,7 +97,7 @@ class SpanCorruption(Objective):
 
 
 def ul2(sentinels: tuple[int, ...], regular: int | None, sequential: int | None, extreme: int | None,
-        end: int | None = None, edges: tuple[int, ...] = ()) -> Mixture:
+        end: int | None = None, edges: tuple[int, ...] | None = None) -> Mixture:
     """UL2's seven denoisers in equal shares: two regular, the sequential one, four extreme.
 
     Args:

@@ -44,11 +44,13 @@ class Restored:
       step: updates made.
       state: as it was saved.
       rows: what batches need to go on, see `jaxlm.data.stream`.
+      changed: names of what was free to differ, and does.
     """
 
     step: int
     state: PyTree
     rows: Any
+    changed: frozenset[str] = frozenset()
 
 
 def _plain(tree: PyTree) -> PyTree:
@@ -212,17 +214,17 @@ class Checkpoints:
             raise CheckpointError(f"there is no checkpoint {'' if step is None else f'of step {step} '}in {self.directory}; "
                                   f"there are {self._steps()}")
         about = self._read(step, about=ocp.args.JsonRestore()).about
-        found, wanted = ({name: value for name, value in one.items() if name not in free}
-                         for one in (about, self._about(state, rows)))
-        other = difference(found, wanted)
-        if other is not None:
-            names = [name for name in {**found, **wanted}
-                     if name not in found or name not in wanted or difference(found[name], wanted[name]) is not None]
-            raise OtherRun(f"the checkpoint of step {step} in {self.directory} is of another run: {other}", names)
+        mine = self._about(state, rows)
+        names = {name for name in {**about, **mine}
+                 if name not in about or name not in mine or difference(about[name], mine[name]) is not None}
+        if names - set(free):
+            found, wanted = ({name: value for name, value in one.items() if name not in free} for one in (about, mine))
+            raise OtherRun(f"the checkpoint of step {step} in {self.directory} is of another run: "
+                           f"{difference(found, wanted)}", names - set(free))
         read = self._read(step, state=ocp.args.StandardRestore(_plain(state)), rows=ocp.args.StandardRestore({"rows": rows}))
         whole = jax.tree.map(lambda like, leaf: jax.random.wrap_key_data(leaf, impl=_kind(like)) if _is_key(like) else leaf,
                              state, read.state)
-        return Restored(step, whole, read.rows["rows"])
+        return Restored(step, whole, read.rows["rows"], frozenset(names))
 
     def _read(self, step: int, **items: Any) -> Any:
         try:

@@ -24,6 +24,7 @@ from jaxlm.training.step import Metrics, State
 
 AHEAD = 2  # steps that may be under way when another one's numbers are read
 WINDOW = 20  # steps over which tokens per second are averaged
+NAMED = 64  # rows of a batch whose documents are named in an error
 END = "the end of the batches"
 
 
@@ -286,9 +287,10 @@ class _Loop:
         """What a step's batch was made of, in words; nothing where nobody knows."""
         if self.documents is None:
             return ""
-        rows = (f"row {row}: {' '.join('/'.join(map(str, one)) for one in read)}"
-                for row, read in self.documents(flight.batch, flight.step - 1).items())
-        return f"{before}documents as phase/source/number, from 0, of {', '.join(rows)}"
+        rows = [f"row {row}: {' '.join('/'.join(map(str, one)) for one in read)}"
+                for row, read in self.documents(flight.batch, flight.step - 1).items()]
+        more = f" and {len(rows) - NAMED} rows more" if len(rows) > NAMED else ""
+        return f"{before}documents as phase/source/number, from 0, of {', '.join(rows[:NAMED])}{more}"
 
     def _last(self) -> str:
         """Where to go on from, in words."""

@@ -3,8 +3,10 @@
 import dataclasses
 import itertools
 import json
+import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -357,6 +359,30 @@ def test_a_program_ends_quietly_with_batches_open(tmp_path, workers):
     done = subprocess.run([sys.executable, str(tmp_path / "program.py"), str(tmp_path / "x.jsonl"), str(workers)],
                           capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (0, "(2, 16)\n", "")
+
+
+def running(pid):
+    """Whether there is such a process, and not only what is left of it."""
+    status = pathlib.Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_workers_end_with_a_program_that_is_killed(tmp_path):
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in Documents((50,) * 9).open()))
+    (tmp_path / "program.py").write_text(PROGRAM + """\
+    import multiprocessing, os, signal
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+""")
+    done = subprocess.run([sys.executable, str(tmp_path / "program.py"), str(tmp_path / "x.jsonl"), "1"],
+                          stdout=subprocess.PIPE, text=True, timeout=100)
+    workers = [int(pid) for pid in done.stdout.splitlines()[-1].split()]
+    assert done.returncode == -9 and workers
+    end = time.monotonic() + 30
+    while any(map(running, workers)):
+        assert time.monotonic() < end, "a worker goes on"
+        time.sleep(0.1)
 
 
 PAIRS = [SpanCorruption(SENTINELS, end=2), PrefixLM(), ul2(SENTINELS, 7, 8, 9, end=2)]

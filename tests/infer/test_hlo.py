@@ -284,7 +284,7 @@ SUMS = """HloModule jit_sums, is_scheduled=true
   ROOT %sum = f32[] add(%x, %y)
 }
 
-%cut (a: f32[16,8]) -> f32[4,8] {
+%all-reduce-scatter.1 (a: f32[16,8]) -> f32[4,8] {
   %a = f32[16,8]{1,0} parameter(0)
   %whole = f32[16,8]{1,0} all-reduce(%a), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
   %zero = s32[] constant(0)
@@ -294,10 +294,10 @@ SUMS = """HloModule jit_sums, is_scheduled=true
 ENTRY %main (p: f32[16,8], q: f32[]) -> (f32[4,8], f32[], f32[]) {
   %p = f32[16,8]{1,0} parameter(0)
   %q = f32[] parameter(1)
-  %all-reduce-scatter.1 = f32[4,8]{1,0} fusion(%p), kind=kCustom, calls=%cut
+  %mine = f32[4,8]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %scalar = f32[] all-reduce(%q), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
   %second = f32[] all-reduce(%scalar), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
-  ROOT %out = (f32[4,8]{1,0}, f32[], f32[]) tuple(%all-reduce-scatter.1, %scalar, %second)
+  ROOT %out = (f32[4,8]{1,0}, f32[], f32[]) tuple(%mine, %scalar, %second)
 }
 """
 

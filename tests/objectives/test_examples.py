@@ -324,6 +324,7 @@ def test_all_are_told_what_documents_begin_and_end_with():
         (Mode(7, dataclasses.replace(spans, edges=(8, 9))), PrefixLM()), (1, 2))
     assert told(AsPrefix(MaskedLM(1, 9)), (8,)).objective.never == (8,)
     assert told(own, (8,)) == own and told(CausalLM(), (8,)) == CausalLM()
+    assert told(MaskedLM(1, 9, never=()), (8,)).never == ()  # who says so means it
 
     class Mine(Objective):
         makes = "decoder"

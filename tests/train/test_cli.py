@@ -1,5 +1,6 @@
 """What `python -m train` makes of its command line and of a folder that is there already."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ from jaxlm.data.stream import Batches, Phase, Plan
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokenizer_train import save, train
 from jaxlm.objectives import AsText, CausalLM, PrefixLM
-from jaxlm.recipe import Recipe, identity
+from jaxlm.recipe import Recipe, Run, identity
 from jaxlm.training.optimizer import AdamW, Lion, Optimizer
 from jaxlm.training.schedule import Constant
 from tests import tiny
@@ -50,7 +51,7 @@ def go(files, out, arguments=(), **fields):
     return run(recipe(files, **fields), out, Arguments("any", **dict(arguments)), quiet=True)[1].step
 
 
-def test_going_on(files, tmp_path):
+def test_going_on(files, tmp_path, monkeypatch):
     """With the same tokenizer only; with other data when that is meant; with other rates at any time."""
     (tmp_path / "tokenizer").mkdir()  # as one that was killed early may leave it
     (tmp_path / "tokenizer.partial").mkdir()
@@ -65,14 +66,18 @@ def test_going_on(files, tmp_path):
                          ({"objective": AsText(PrefixLM())}, r"its objective is 'CausalLM\(\)', .*; --changed-data goes on"),
                          ({"phases": data}, "its phases.0.sources.0.0 is .*text.jsonl.*more.jsonl.*; --changed-data goes on"),
                          ({"phases": data, "seed": 3}, "its seed is 0, here it is 3$"),
+                         ({"phases": (dataclasses.replace(data[0], steps=1), *data)}, "number of phases is 1, here it is 2"),
                          ({"optimizer": Optimizer(Lion(), Constant(1e-3))}, "its optimizer.kind is 'AdamW', here it is 'Lion'"),
                          ({"optimizer": Optimizer(AdamW(), Constant(1e-3), clip=None)}, "its optimizer.clip is True")):
         with pytest.raises(ValueError, match=says):
             go(files, tmp_path, **fields)
     with pytest.raises(ValueError, match="its tokenizer is"):
         go(files, tmp_path, {"changed_data": True}, tokenizer=str(files / "other"))
+    seen = []
+    monkeypatch.setattr(Run, "batches", lambda *given, batches=Run.batches: seen.append(given[1]) or batches(*given))
     assert go(files, tmp_path, {"changed_data": True}, phases=data, steps=3,
               optimizer=Optimizer(AdamW(weight_decay=0.2), Constant(1e-4))) == 3
+    assert not seen[0].any()  # they were within their first documents, which are others now
     with pytest.raises(ValueError, match="its phases"):  # it has become one of the new data
         go(files, tmp_path, steps=4)
     (tmp_path / "tokenizer" / "tokenizer.json").write_bytes((files / "other" / "tokenizer.json").read_bytes())

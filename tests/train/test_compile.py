@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import pathlib
 
 import pytest
 import tyro
@@ -15,6 +16,7 @@ from train.__main__ import read
 
 pytest.importorskip("libtpu", reason="the TPU compiler comes for Linux on x86-64 only")
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 CONFIG = """
 from jaxlm.config import Attention, Block, Decoder, Dense, Embedding, Head, PreNorm, RmsNorm, stack_of
 from jaxlm.data.source import Files
@@ -95,3 +97,14 @@ def test_remat(path):
     found, _ = run(path, "--topology", "v5e:2x2", "--remat", "none")
     again, _ = run(path, "--topology", "v5e:2x2", "--remat", "full")
     assert again["temporary_bytes"] < found["temporary_bytes"] and again["flops_ratio"] < 1.1 * 4 / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "topology"), [
+    ("tiny", "v5e:1x1"), ("smollm2_135m", "v5e:2x2"), ("llama_1b", "v5e:4x4"), ("llama3_8b", "v5p:2x2x1"),
+    ("llama3_70b", "v5p:8x8x4")])
+def test_shipped_configurations_fit(name, topology):
+    found, _ = run(CONFIGS / f"{name}.py", "--topology", topology)
+    assert found["fits"] and found["host_callbacks"] == 0
+    # Computed again with remat full: a third of what the model needs.
+    assert 1.0 < found["flops_ratio"] < 1.1 * {"full": 4 / 3, "products": 1.1}[found["remat"]], found["flops_ratio"]

@@ -59,7 +59,8 @@ def start(folder, out, *arguments, devices=1):
     environment = os.environ | {"JAXLM_HOME": str(folder / "home"), "JAX_PLATFORMS": "cpu",
                                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "-m", "train", str(folder / "small.py"), "--out", str(folder / out), "--json", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
 
 
 def finish(process):
@@ -181,9 +182,10 @@ def test_killed_at_any_step_it_goes_on_as_if_nothing_had_been(folder, whole, tim
 
 
 def test_sigterm_saves_and_ends_well(folder, whole):
-    process = start(folder, "terminated", *ENDLESS, "--checkpoint-every", "1000000")
+    """To all processes of a run, as schedulers and `timeout` send it."""
+    process = start(folder, "terminated", *ENDLESS, "--checkpoint-every", "1000000", "--workers", "2")
     wait_for(folder, "terminated", 5, process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     result = finish(process)
     assert result["stopped"] == "SIGTERM" and result["step"] >= 5
     assert [int(path.name) for path in (folder / "terminated" / "checkpoints").iterdir()] == [result["step"]]
