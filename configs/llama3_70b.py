@@ -4,7 +4,8 @@
 
 The compiler says: 38.7 of 95.7 GiB, 1.26 times the model's products (remat computes a third of them again), weights gathered
 twice. Split over all 256 chips (`--mesh fsdp`) weights take 25.5 GiB, but are gathered as sums of zero-padded parts, which is
-twice the traffic: four groups of 64 instead. The data is an example: point `phases` and `tokenizer` at your own; on the slice the command is
+twice the traffic: four groups of 64 instead. The data is an example: point `phases` and `tokenizer` at your own; on the slice
+the command is
 
   python -m train configs/llama3_70b.py --distributed.pod
 """
@@ -28,5 +29,6 @@ def config() -> Recipe:
     steps = 100_000
     optimizer = Optimizer(AdamW(), Cosine(peak=1.5e-4, warmup_steps=2000, steps=steps, floor=0.1))
     return Recipe(model=decoder, tokenizer="tokenizer", phases=(Phase(((ArrayRecords("data/*.array_record"), 1.0),)),),
-                  objective=CausalLM(), optimizer=optimizer, rows=512, length=4096, steps=steps, mesh=(("data", 4), ("fsdp", 64)),
+                  objective=CausalLM(), optimizer=optimizer, rows=512, length=4096, steps=steps,
+                  mesh=(("data", 4), ("fsdp", 64)),
                   dtype="bfloat16", remat="full", checkpoint_every=500)

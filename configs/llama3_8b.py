@@ -7,8 +7,8 @@ Here to be compiled for TPUs on a machine that has none, decoding and training:
   python -m train.compile configs/llama3_8b.py --topology v5p:2x2x1
 
 The first two fit, and the loop copies nothing of the cache. Of training, on four chips: 34.6 of 95.7 GiB, 1.26 times the
-model's products (remat computes a third of them again), weights gathered twice and gradients scattered once a step, in bfloat16.
-The data is an example: point `phases` and `tokenizer` at your own.
+model's products (remat computes a third of them again), weights gathered twice and gradients scattered once a step, in
+bfloat16. The data is an example: point `phases` and `tokenizer` at your own.
 """
 
 from jaxlm.config import Attention, Block, Decoder, Dense, Embedding, Head, Llama3Scaling, PreNorm, RmsNorm, Rope, stack_of

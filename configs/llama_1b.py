@@ -3,7 +3,8 @@
   python -m train.compile configs/llama_1b.py --topology v5e:4x4
 
 The compiler says: 5.4 of 15.75 GiB, 1.25 times the model's products (remat computes a third of the layers' again), weights
-gathered in part by permutes that go on beside the products. The data is an example: point `phases` and `tokenizer` at your own; on the slice the command is
+gathered in part by permutes that go on beside the products. The data is an example: point `phases` and `tokenizer` at your
+own; on the slice the command is
 
   python -m train configs/llama_1b.py --distributed.pod
 """

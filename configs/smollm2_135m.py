@@ -7,7 +7,8 @@ Compiled for TPUs on a machine that has none, decoding on one chip and training 
 
 Decoding fits many times over, and the loop copies nothing of the cache. Of training, on four chips: 14.4 of 15.75 GiB, 1.18
 times the model's products (remat computes attention's scores again), gradients summed once a step (0.3 GiB). `--search` finds
-448 rows with remat "full". The data is an example: point `phases` and `tokenizer` at your own. The schedule is the paper's in shape: warm-up, a constant rate, a linear fall over the last fifth.
+448 rows with remat "full". The data is an example: point `phases` and `tokenizer` at your own. The schedule is the paper's in
+shape: warm-up, a constant rate, a linear fall over the last fifth.
 """
 
 from jaxlm.config import Attention, Block, Decoder, Dense, Embedding, Head, PreNorm, RmsNorm, Rope, stack_of
