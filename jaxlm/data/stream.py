@@ -79,16 +79,12 @@ class Phase:
             raise ValueError(f"a phase has at least 1 step, got {self.steps}")
 
 
-def mixture(phase: Phase, *seed: int) -> grain.MapDataset:
+def mixture(phase: Phase, opened: Sequence[Any], *seed: int) -> grain.MapDataset:
     """The phase's documents, shuffled anew each time a source is through, without end.
 
-    Raises:
-      ValueError: as `Source.open`.
+    Args:
+      opened: what each of the phase's sources opens as, or something of the same length in its place.
     """
-    return _mix(phase, [source.open() for source, _ in phase.sources], *seed)
-
-
-def _mix(phase: Phase, opened: Sequence[Any], *seed: int) -> grain.MapDataset:
     datasets = []
     for place, documents in enumerate(opened):
         order = int(np.random.SeedSequence((*seed, place)).generate_state(1)[0])
@@ -347,7 +343,7 @@ class Batches(Iterator[Batch]):
         names = [[_Names(place, len(one)) for place, one in enumerate(part)] for part in opened]
 
         def mixed(parts: Sequence[Sequence[Any]]) -> list[grain.MapDataset]:
-            return [_mix(phase, part, plan.seed, index)
+            return [mixture(phase, part, plan.seed, index)
                     for index, (phase, part) in enumerate(zip(plan.phases, parts, strict=True))]
 
         documents, self.names = mixed(opened), mixed(names)

@@ -55,6 +55,10 @@ def plan(*sources, objective=None, rows=4, length=32, steps=None, **more):
     return Plan(phases, json.loads, at, rows, length, **more)
 
 
+def mixed(phase, *seed):
+    return mixture(phase, [source.open() for source, _ in phase.sources], *seed)
+
+
 def take(batches, count):
     with batches:
         return [next(batches) for _ in range(count)]
@@ -157,7 +161,7 @@ def first_of(mixed, count):
 def test_a_mixture_has_its_shares_and_repeats_a_source_only_when_it_is_through(shares, seed):
     sizes = [270, 300, 110, 500][:len(shares)]  # what is smaller takes grain long to shuffle
     sources = tuple((Documents((2,) * size, 1000 * place), shares[place]) for place, size in enumerate(sizes))
-    found = np.array(first_of(mixture(Phase(sources), seed), 2000))
+    found = np.array(first_of(mixed(Phase(sources), seed), 2000))
     for place, (size, share) in enumerate(zip(sizes, shares, strict=True)):
         mine = found[found // 1000 == place]
         assert abs(len(mine) / 2000 - share / sum(shares)) < 0.01
@@ -177,8 +181,8 @@ def test_shares_do_not_depend_on_how_long_documents_are():
 
 def test_orders_of_sources_phases_and_seeds_differ():
     source = Documents((2,) * 40)
-    orders = [tuple(first_of(mixture(Phase(((source, 1.0),)), *seed), 40)) for seed in ((0, 0), (0, 1), (1, 0), (1000, 0))]
-    found = np.array(first_of(mixture(Phase(((source, 1.0), (Documents((2,) * 40, 100), 1.0))), 0, 0), 80))
+    orders = [tuple(first_of(mixed(Phase(((source, 1.0),)), *seed), 40)) for seed in ((0, 0), (0, 1), (1, 0), (1000, 0))]
+    found = np.array(first_of(mixed(Phase(((source, 1.0), (Documents((2,) * 40, 100), 1.0))), 0, 0), 80))
     orders += [tuple(found[found < 100]), tuple(found[found >= 100] - 100)]
     assert orders[0] == orders[4] and len(set(orders)) == 5
     assert all(sorted(order) == list(range(40)) for order in orders)
