@@ -29,6 +29,8 @@ from rich.table import Table
 
 import jaxlm
 from infer import generate, machine, reference, session
+from jaxlm import model as models
+from jaxlm.config import EncoderDecoder
 from jaxlm.decoding.generate import bucket, slots_for
 
 # Spec-Bench reports the eight kinds of MT-bench as one.
@@ -220,7 +222,8 @@ class Arguments:
     model: str
     """A Hugging Face directory, a GGUF file, or the id of a model on the hub."""
     questions: pathlib.Path
-    """JSON lines as those of Spec-Bench or HumanEval."""
+    """JSON lines as those of Spec-Bench or HumanEval; of another kind of file (*.txt, *.en ...) every line is a prompt, or an
+    encoder-decoder's source."""
     drafters: str = "none,lookup,recycling"
     """Drafters with commas between; plain decoding, "none", is measured beside them in any case."""
     draft_model: str | None = None
@@ -278,6 +281,8 @@ def read_questions(path: pathlib.Path) -> list[Question]:
         lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
     if not lines:
         raise ValueError(f"{path} has no questions")
+    if not {".json", ".jsonl"} & set(path.suffixes):
+        return [Question(str(number), "text", line.strip(), chat=False) for number, line in lines]
     return [_question(line, f"{path}, line {number}") for number, line in lines]
 
 
@@ -332,10 +337,15 @@ def first_difference(plain: Sequence[int], other: Sequence[int]) -> tuple[int, i
     return (same, *(row[same] if same < len(row) else None for row in (plain, other)))
 
 
-def margin(model: jaxlm.Model, prefix: Sequence[int], tokens: Sequence[int]) -> float:
-    """How far the lowest of these tokens' logits is from the largest of all, after the prefix."""
+def margin(model: jaxlm.Model, prompt: Sequence[int], written: Sequence[int], tokens: Sequence[int]) -> float:
+    """How far the lowest of these tokens' logits is from the largest of all, after a prompt (a source) and what was written."""
+    memory, cfg = None, model.config
     with model.context():
-        out = jaxlm.forward(model.params, model.config, jnp.asarray([prefix], jnp.int32),
+        if isinstance(cfg, EncoderDecoder):
+            memory = models.encode(model.params, cfg, jnp.asarray([prompt], jnp.int32))
+            prompt = cfg.start
+        prefix = [*prompt, *written]
+        out = jaxlm.forward(model.params, cfg, jnp.asarray([prefix], jnp.int32), memory=memory,
                             at=jnp.asarray([[len(prefix) - 1]], jnp.int32))
     logits = np.asarray(out.logits[0, 0], np.float64)
     return float(logits.max() - min(logits[token] for token in tokens))
@@ -352,7 +362,7 @@ def compare(model: jaxlm.Model, group: Group, plain: Answer, other: Answer, gree
         position, *pair = parted
         decided = greedy and None not in pair
         found.append(Difference(question.id, position, *pair,
-                                margin(model, [*prompt, *expected[:position]], pair) if decided else None))
+                                margin(model, prompt, expected[:position], pair) if decided else None))
     return tuple(found)
 
 
@@ -584,13 +594,19 @@ def main(arguments: Arguments) -> None:
     if model.tokenizer is None:
         raise ValueError(f"{arguments.model} has no tokenizer, so it cannot be asked questions")
     prompts = [encode(model, question, arguments.raw) for question in questions]
-    fits = [len(prompt) + arguments.max_new_tokens <= model.config.length for prompt in prompts]
+    length = model.decoder.length
+    if isinstance(model.config, EncoderDecoder):
+        longest = model.config.encoder.length
+        room = len(model.config.start) + arguments.max_new_tokens <= length
+        fits = [room and len(prompt) <= longest for prompt in prompts]
+    else:
+        fits = [len(prompt) + arguments.max_new_tokens <= length for prompt in prompts]
     left_out = [question.id for question, fit in zip(questions, fits, strict=True) if not fit]
     if left_out:
-        console.print(f"[dim]{len(left_out)} questions do not fit the model's context of {model.config.length} tokens[/dim]")
+        console.print(f"[dim]{len(left_out)} questions do not fit the model's context of {length} tokens[/dim]")
     if not any(fits):
         raise ValueError(f"no question leaves room for {arguments.max_new_tokens} new tokens in the model's context of "
-                         f"{model.config.length}: ask for fewer with --max-new-tokens")
+                         f"{length}: ask for fewer with --max-new-tokens")
     todo = groups([question for question, fit in zip(questions, fits, strict=True) if fit],
                   [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit], arguments.batch)
 

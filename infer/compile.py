@@ -50,7 +50,7 @@ from jaxlm.decoding.speculative import tree as trees
 from jaxlm.decoding.speculative.drafters import Drafter
 from jaxlm.io import families
 from jaxlm.recipe import Recipe
-from jaxlm.weight import quantize
+from jaxlm.weight import is_weight, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,10 @@ class Arguments:
     length: int = 4096
     """Tokens that a row may hold, prompt and answer together; the cache has a slot for each."""
     prompt: int | None = None
-    """The longest prompt; default all but 128 tokens (or half) of the length. It is padded as generation pads it."""
+    """The longest prompt; default all but 128 tokens (or half) of the length. It is padded as generation pads it. Of an
+    encoder-decoder the tokens that its text begins with, by default as many as the model's."""
+    source: int = 512
+    """The longest source of an encoder-decoder, padded likewise."""
     weights: Literal["bfloat16", "int8"] = "bfloat16"
     """How matrices are stored; int8 has a bfloat16 scale per output. Everything else is bfloat16."""
     mesh: str = "model=-1"
@@ -81,16 +84,23 @@ class Arguments:
     """Print one JSON object on the last line of standard output, and the table for people on standard error."""
 
 
-def read_config(path: pathlib.Path) -> config.Decoder:
+def read_config(path: pathlib.Path) -> config.Decoder | config.EncoderDecoder:
     """Raises:
-      ValueError: for a path that is neither a Python file with a config() nor a config.json.
+      ValueError: for a path that is neither a Python file with a config() nor a config.json, and for an encoder.
     """
+    cfg = _read_config(path)
+    if isinstance(cfg, config.Encoder):
+        raise ValueError(f"{path} is an encoder, which generates nothing")
+    return cfg
+
+
+def _read_config(path: pathlib.Path) -> config.Config:
     if path.suffix == ".py" and path.is_file():
         make = runpy.run_path(str(path)).get("config")
         given = make() if callable(make) else None
         cfg = given.model if isinstance(given, Recipe) else given
-        if not isinstance(cfg, config.Decoder):
-            raise ValueError(f"{path} has no function config() that gives a jaxlm.recipe.Recipe or a jaxlm.config.Decoder")
+        if not isinstance(cfg, config.Config):
+            raise ValueError(f"{path} has no function config() that gives a jaxlm.recipe.Recipe or a model's config")
         return cfg
     file = path / "config.json" if path.is_dir() else path
     if file.suffix != ".json" or not file.is_file():
@@ -132,7 +142,7 @@ def make_mesh(topology: str, split: str) -> jax.sharding.Mesh:
     return sharding.mesh(devices=devices(topology), **sizes)
 
 
-def abstract_weights(cfg: config.Decoder, mesh: jax.sharding.Mesh, kind: str) -> PyTree:
+def abstract_weights(cfg: config.Config, mesh: jax.sharding.Mesh, kind: str) -> PyTree:
     """The shapes of a model's weights and how they are split, Int8 where products read them if `kind` says so."""
     spec = models.spec(cfg)
 
@@ -235,25 +245,41 @@ def build(lowered: Any) -> Program:
     return Program(compiled, text, needed, memory.temp_size_in_bytes, seconds, transfers)
 
 
+def side(cfg: config.Decoder | config.EncoderDecoder) -> config.Decoder:
+    """What writes text."""
+    return cfg.decoder if isinstance(cfg, config.EncoderDecoder) else cfg
+
+
 def least_bytes(cfg: config.Decoder, weights: PyTree, cache: PyTree, chips: int) -> int:
-    """Bytes per chip and step: its part of every weight that a product reads and an even part of the whole cache, once.
+    """Bytes per chip and step: its part of every weight that a product reads and an even part of the whole cache (with the
+    source's keys and values), once.
 
     Weights small enough to stay on the chip from step to step make less possible.
     """
-    tree = dict(weights["decoder"])
-    embedding = tree.pop("embedding")
+    # What makes a source's keys and values has done so before the first step.
+    read = params.paths(weights["decoder"], is_leaf=is_weight)
+    tree = {path: leaf for path, leaf in read.items() if not re.search("^embedding/|cross_attention/[kv](_|$)", path)}
+    embedding = weights["decoder"]["embedding"]
     stored = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     return nbytes(tree) + stored // chips + (nbytes(embedding["tokens"]) if cfg.head.tied else 0)
 
 
-def least_flops(cfg: config.Decoder, tokens: int, slots: int, chips: int) -> float:
-    """FLOPs per chip and step of the model's products alone, evenly split: so many tokens against all slots of a row each."""
-    scores = sum(2 * block.attention.heads * block.attention.head_width * slots for block in cfg.stack.blocks())
-    return 2 * tokens * (models.products(cfg) + scores) / chips
+def least_flops(cfg: config.Decoder, tokens: int, slots: int, chips: int, source: int = 0) -> float:
+    """FLOPs per chip and step of the model's products alone, evenly split: so many tokens against all slots of a row each, and
+    all of its source's."""
+    count = models.products(cfg)
+    for block in cfg.stack.blocks():
+        count += 2 * block.attention.heads * block.attention.head_width * slots
+        if block.cross is not None:
+            count += 2 * block.cross.heads * block.cross.head_width * source
+            count -= 2 * block.cross.source * block.cross.kv_heads * block.cross.head_width  # done before the first step
+    return 2 * tokens * count / chips
 
 
-def doubled(cfg: config.Decoder, group: int) -> config.Decoder:
-    """One group's pattern twice, repeated half as often: the compiler then counts its body twice."""
+def doubled(cfg: config.Decoder | config.EncoderDecoder, group: int) -> config.Decoder | config.EncoderDecoder:
+    """One group's pattern (the decoder's) twice, repeated half as often: the compiler then counts its body twice."""
+    if isinstance(cfg, config.EncoderDecoder):
+        return dataclasses.replace(cfg, decoder=doubled(cfg.decoder, group))
     groups = list(cfg.stack.groups)
     old = groups[group]
     groups[group] = config.Group(old.pattern * 2, max(old.repeats // 2, 1))
@@ -267,15 +293,21 @@ class Check:
         """Raises:
           ValueError: for sizes that are not positive, lengths that do not fit each other or the model, or an unknown drafter.
         """
-        self.arguments, self.config = arguments, read_config(arguments.model)
+        self.arguments, self.whole = arguments, read_config(arguments.model)
+        self.config = side(self.whole)
+        encodes = isinstance(self.whole, config.EncoderDecoder)
         batch, length, context = arguments.batch, arguments.length, self.config.length
-        prompt = max(length - 128, length // 2) if arguments.prompt is None else arguments.prompt
+        usual = len(self.whole.start) if encodes else max(length - 128, length // 2)
+        prompt = usual if arguments.prompt is None else arguments.prompt
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         if not 1 <= prompt < length <= context:
             raise ValueError(f"it must hold that 1 <= prompt ({prompt}) < length ({length}) <= the model's context ({context})")
         self.mesh = make_mesh(arguments.topology, arguments.mesh)
-        self.prompt = min(generate.bucket(prompt), context)
+        self.prompt = generate.prompt_width([[0] * prompt], context) if encodes else min(generate.bucket(prompt), context)
+        self.source = min(generate.bucket(arguments.source), self.whole.encoder.length) if encodes else 0
+        if encodes and not 1 <= arguments.source <= self.whole.encoder.length:
+            raise ValueError(f"source must be 1 to the encoder's context, {self.whole.encoder.length}, got {arguments.source}")
         self.capacity = generate.bucket(length - prompt)
         row = jax.ShapeDtypeStruct((batch,), jnp.int32)
         number = jax.ShapeDtypeStruct((batch,), jnp.float32)
@@ -299,7 +331,8 @@ class Check:
             sizes = cost.budgets([device], batch, 64 if tree is None else tree)
             cache = caching.spec(self.config.stack, batch, generate.bucket(self.arguments.length, 64), jnp.bfloat16)
             chips = self.mesh.size
-            read = least_bytes(self.config, self.weights(self.config), cache.layers, chips) * chips
+            kept = (cache.layers, self._memory())
+            read = least_bytes(self.config, self.weights(self.whole), kept, chips) * chips
             self.seconds = tuple(cost.roofline(chip, read, models.products(self.config), batch, sizes, chips=chips).tolist())
             made = drafters.automatic(sizes, self.seconds)
         elif name.startswith("layers:"):
@@ -309,30 +342,46 @@ class Check:
             made = drafters.make(name, tree, None, self.arguments.batch)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), made)
 
+    def _memory(self) -> PyTree:
+        """The source's keys and values, abstract; None without one."""
+        if not self.source:
+            return None
+        shape = (self.arguments.batch, self.source)
+        encoded = caching.Memory(jax.ShapeDtypeStruct((*shape, self.whole.source), jnp.bfloat16), None,
+                                 jax.ShapeDtypeStruct(shape, jnp.int32))
+        weights = params.abstract(models.spec(self.whole), jnp.bfloat16)
+        return jax.eval_shape(lambda tree, one: models.remember(tree, self.whole, one).layers, weights, encoded)
+
     @property
     def slots(self) -> int:
         """Of the cache, as generation has them: what a call rejects is written behind the last token."""
         slack = 0 if self.drafter is None else self.drafter.depth
         return max(generate.slots_for(self.arguments.length, slack), self.prompt)
 
-    def weights(self, cfg: config.Decoder) -> PyTree:
+    def weights(self, cfg: config.Config) -> PyTree:
         """Abstract weights on the mesh."""
         return abstract_weights(cfg, self.mesh, self.arguments.weights)
 
-    def _prompts(self) -> tuple[Any, ...]:
+    def _tokens(self, width: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Rows of tokens and their lengths."""
         batch = self.arguments.batch
-        return jax.ShapeDtypeStruct((batch, self.prompt), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32), self.request
+        return jax.ShapeDtypeStruct((batch, width), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
 
-    def prefill(self, cfg: config.Decoder) -> Any:
+    def _prompts(self) -> dict[str, Any]:
+        tokens, lengths = self._tokens(self.prompt)
+        source = generate.Source(*self._tokens(self.source)) if self.source else None
+        return {"tokens": tokens, "lengths": lengths, "request": self.request, "drafter": self.drafter, "source": source}
+
+    def prefill(self, cfg: config.Decoder | config.EncoderDecoder) -> Any:
         """The prefill, lowered for the slice."""
-        return generate._prefill.lower(generate.Forward(cfg, None), self.weights(cfg), *self._prompts(), self.slots,
-                                       self.capacity, False, self.drafter)
+        return generate._prefill.lower(generate.Forward.of(cfg, None), self.weights(cfg), slots=self.slots,
+                                       capacity=self.capacity, logprobs=False, **self._prompts())
 
-    def state(self, cfg: config.Decoder, compiled: Any = None) -> loop.State | speculation.State:
+    def state(self, cfg: config.Decoder | config.EncoderDecoder, compiled: Any = None) -> loop.State | speculation.State:
         """What the prefill gives, as shapes: split as its compiled program splits it, else as `jaxlm.sharding` says."""
-        step = functools.partial(generate._prefill, generate.Forward(cfg, None), slots=self.slots, capacity=self.capacity,
+        step = functools.partial(generate._prefill, generate.Forward.of(cfg, None), slots=self.slots, capacity=self.capacity,
                                  logprobs=False)
-        shapes = jax.eval_shape(step, self.weights(cfg), *self._prompts(), drafter=self.drafter)
+        shapes = jax.eval_shape(step, self.weights(cfg), **self._prompts())
 
         def place(leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
             axes = (None,) * leaf.ndim
@@ -344,10 +393,10 @@ class Check:
         places = jax.tree.map(place, shapes) if compiled is None else compiled.output_shardings
         return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
 
-    def decode(self, cfg: config.Decoder, state: loop.State | speculation.State) -> Any:
+    def decode(self, cfg: config.Decoder | config.EncoderDecoder, state: loop.State | speculation.State) -> Any:
         """The loop, lowered for the slice."""
         rule = None if self.drafter is None else rules.make(None, self.drafter)
-        return generate._run.lower(generate.Forward(cfg, None), self.weights(cfg), state, self.request,
+        return generate._run.lower(generate.Forward.of(cfg, None), self.weights(cfg), state, self.request,
                                    jax.ShapeDtypeStruct((), jnp.int32), self.drafter, rule)
 
     def flops(self, compiled: Any) -> float:
@@ -359,7 +408,7 @@ class Check:
         total = first
         for index, group in enumerate(self.config.stack.groups):
             if group.repeats > 1:
-                cfg = doubled(self.config, index)
+                cfg = doubled(self.whole, index)
                 again = self.decode(cfg, self.state(cfg)).compile().cost_analysis()["flops"]
                 total += (group.repeats - 1) * (again - first)
         return total
@@ -371,21 +420,22 @@ class Check:
     def step(self) -> dict[str, Any]:
         """What a step of the plain loop takes, for comparison with a call of speculation; empty where it does not fit."""
         with self.context():
-            state = self.state(self.config)
-            decode = build(self.decode(self.config, state))
+            state = self.state(self.whole)
+            decode = build(self.decode(self.whole, state))
             facts = {} if decode.compiled is None else self.facts(decode, state)[0]
         return {name: facts[name] for name in ("bytes_per_step", "flops_per_step") if name in facts}
 
     def run(self) -> dict[str, Any]:
         """Everything that the program prints; bytes, FLOPs and collectives are those of one chip."""
-        cfg, chips, drafter = self.config, self.mesh.size, self.drafter
+        cfg, chips, drafter = self.whole, self.mesh.size, self.drafter
         sizes = (1,) if drafter is None else drafter.sizes
         with self.context():
             prefill = build(self.prefill(cfg))
             state = self.state(cfg, prefill.compiled)
             decode = build(self.decode(cfg, state))
             facts = [] if decode.compiled is None else self.facts(decode, state)
-        layers = (state if drafter is None else state.plain).cache.layers
+        cache = (state if drafter is None else state.plain).cache
+        layers, kept = cache.layers, (cache.layers, None if cache.memory is None else cache.memory.layers)
         weights, usable = self.weights(cfg), usable_bytes(self.mesh)
         needed = max(prefill.needed, decode.needed)
         result = {
@@ -396,11 +446,11 @@ class Check:
             "sample": self.arguments.sample,
             "fits": prefill.compiled is not None and decode.compiled is not None,
             "headroom_bytes": usable - needed, "usable_bytes": usable, "weight_bytes": nbytes(weights),
-            "cache_bytes": nbytes(layers),
+            "source": self.source, "cache_bytes": nbytes(layers), "memory_bytes": nbytes(kept[1]),
             "temporary_bytes": max((one.temporary for one in (prefill, decode) if one.temporary is not None), default=None),
             "prefill": prefill.summary(), "decode": decode.summary(),
-            "minimum_bytes_per_step": least_bytes(cfg, weights, layers, chips),
-            "minimum_flops_per_step": least_flops(cfg, self.arguments.batch * sizes[-1], self.slots, chips),
+            "minimum_bytes_per_step": least_bytes(self.config, weights, kept, chips),
+            "minimum_flops_per_step": self._least_flops(sizes[-1]),
             **(facts[-1] if facts else {}),
             "host_callbacks": prefill.host_transfers + decode.host_transfers,
             "compile_s": prefill.seconds + decode.seconds,
@@ -412,13 +462,17 @@ class Check:
         calls = [{
             "nodes": nodes,
             "scratch_bytes": nbytes(layers) // self.slots * nodes,
-            "minimum_flops_per_step": least_flops(cfg, self.arguments.batch * nodes, self.slots, chips),
+            "minimum_flops_per_step": self._least_flops(nodes),
         } for nodes in sizes]
         for call, found in zip(calls, facts, strict=bool(facts)):
             call |= {name: value for name, value in found.items() if name in PER_CALL}
         for call, estimate in zip(calls, self.seconds, strict=bool(self.seconds)):
             call["roofline_s"] = estimate
         return result | {"drafter": self.arguments.drafter, "depth": drafter.depth, "calls": calls, "plain": plain}
+
+    def _least_flops(self, nodes: int) -> float:
+        """Of a call on trees of so many nodes."""
+        return least_flops(self.config, self.arguments.batch * nodes, self.slots, self.mesh.size, self.source)
 
     def facts(self, program: Program, state: loop.State | speculation.State) -> list[dict[str, Any]]:
         """What the text of the compiled loop says of one step on one chip, for each size of tree.
@@ -429,7 +483,8 @@ class Check:
         """
         module = hlo.Module(program.text)
         body, count = module.loop(), 1 if self.drafter is None else len(self.drafter.sizes)
-        leaves = jax.tree.leaves((state if self.drafter is None else state.plain).cache.layers)
+        cache = (state if self.drafter is None else state.plain).cache
+        leaves = jax.tree.leaves((cache.layers, None if cache.memory is None else cache.memory.layers))
         whole = {_shard(leaf) for leaf in leaves}
         layer = {_shard(leaf) // leaf.shape[0] for leaf in leaves} - whole
         flops = {"flops_per_step": self.flops(program.compiled)} if count == 1 else {}
@@ -483,7 +538,8 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "fits", (f"yes, {size(result['headroom_bytes'])} to spare" if result["fits"] else
                    f"NO, {size(-result['headroom_bytes'])} too much") + f" of {size(result['usable_bytes'])} a chip"
     yield "weights a chip", size(result["weight_bytes"])
-    yield "cache a chip", size(result["cache_bytes"])
+    yield "cache a chip", size(result["cache_bytes"]) + (
+        f", and {size(result['memory_bytes'])} of the source's keys and values" if result["source"] else "")
     for name in ("prefill", "decode"):
         one = result[name]
         temporary = f"{size(one['temporary_bytes'])} of it temporary" if one["fits"] else "which does not fit"
@@ -534,7 +590,8 @@ def main(arguments: Arguments) -> None:
         result = check.run()
     split = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items()) or "one chip"
     title = (f"{arguments.model} on {arguments.topology} ({split}), {result['weights']}, batch {result['batch']}, "
-             f"{result['length']} tokens, prompts padded to {result['prompt']}"
+             f"{result['length']} tokens, " + (f"sources of {result['source']}" if result["source"] else
+                                               f"prompts padded to {result['prompt']}")
              + (f", drafter {result['drafter']}" if "drafter" in result else ""))
     table = Table(title=title, show_header=False, title_justify="left")
     for row in rows(result):

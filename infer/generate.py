@@ -1,4 +1,4 @@
-"""Continues a prompt, answers a question, or holds a conversation in the terminal.
+"""Continues a prompt, answers a question, holds a conversation in the terminal, or writes from a source.
 
 python -m infer.generate --model PATH --prompt "What is the capital of France?" --max-new-tokens 64
 """
@@ -14,6 +14,7 @@ import tyro
 
 import jaxlm
 from infer import session
+from jaxlm.config import EncoderDecoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +57,12 @@ class Speculating:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Continues a prompt, answers a question, or holds a conversation in the terminal."""
+    """Continues a prompt, answers a question, holds a conversation in the terminal, or writes from a source."""
 
     model: str
     """A Hugging Face directory, a GGUF file, or the id of a model on the hub."""
     prompt: str | None = None
-    """The text; default standard input, or with --chat what is typed."""
+    """The text, of an encoder-decoder its source; default standard input, or with --chat what is typed."""
     max_new_tokens: int = 256
     """The most tokens to generate; less where the model's context ends before."""
     chat: bool = False
@@ -70,6 +71,10 @@ class Arguments:
     """Continue the text as it is, without the chat template of an instruction-tuned model."""
     system: str | None = None
     """What the system message says, for models whose template has one."""
+    language: str | None = None
+    """The source's language, as the model's tokenizer calls it (fr_XX, fra_Latn), where it puts one around a text."""
+    start: tuple[str, ...] = ()
+    """The tokens that an encoder-decoder's text begins with, "</s> fra_Latn" say; default the model's own."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
     speculating: Annotated[Speculating, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Speculating)
     seed: int = 0
@@ -88,14 +93,20 @@ def ask(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
 def answer(model: jaxlm.Model, prompt: list[int], arguments: Arguments, drafter: str | jaxlm.Model | None,
            show: Callable[[str], None], state: Any = None) -> jaxlm.Generation:
     """One answer, shown as it comes; `state` is what the drafter kept of an earlier one."""
-    room = model.config.length - len(prompt)
+    start, before = None, len(prompt)
+    if arguments.start:
+        start = [(model.tokenizer.target or model.tokenizer).id(token) for token in arguments.start]
+    if isinstance(model.config, EncoderDecoder):
+        before = len(start or model.config.start)
+    room = model.decoder.length - before
     if room < 1:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context is {model.config.length}")
+        text = "start" if isinstance(model.config, EncoderDecoder) else "prompt"
+        raise ValueError(f"the {text} has {before} tokens, the model's context is {model.decoder.length}")
     options = dataclasses.asdict(arguments.sampling)
     options["stop_strings"] = options["stop_strings"] or None
     return jaxlm.generate(model, [prompt], min(arguments.max_new_tokens, room), key=arguments.seed, drafter=drafter,
                           tree=arguments.speculating.tree, rule=arguments.speculating.rule, drafter_state=state,
-                          on_text=lambda pieces: show(pieces[0]), **options)
+                          start=start, on_text=lambda pieces: show(pieces[0]), **options)
 
 
 def statistics(result: jaxlm.Generation) -> str:
@@ -136,8 +147,10 @@ def converse(model: jaxlm.Model, arguments: Arguments, drafter: str | jaxlm.Mode
             return
         messages.append({"role": "user", "content": text})
         prompt = ask(model.tokenizer, messages)
-        if len(prompt) >= model.config.length:
-            console.print(f"[dim]the conversation has reached the model's context of {model.config.length} tokens[/dim]")
+        # An encoder-decoder's answer stands apart from its source.
+        longest = model.config.encoder.length if isinstance(model.config, EncoderDecoder) else model.decoder.length - 1
+        if len(prompt) > longest:
+            console.print(f"[dim]the conversation has outgrown the model's context: it takes at most {longest} tokens[/dim]")
             return
         result = answer(model, prompt, arguments, drafter, partial(session.show, console), state)
         state = None if result.speculation is None else result.speculation.state
@@ -162,6 +175,8 @@ def main(arguments: Arguments) -> None:
             drafter = jaxlm.load(speculating.draft_model, dtype=dtype)
     if model.tokenizer is None:
         raise ValueError(f"{arguments.model} has no tokenizer, so it cannot take text")
+    if arguments.language is not None:
+        model = dataclasses.replace(model, tokenizer=model.tokenizer.in_language(arguments.language))
     if arguments.chat:
         converse(model, arguments, drafter, console)
         return

@@ -14,6 +14,7 @@ import tyro
 
 import jaxlm
 from infer import session
+from jaxlm.config import EncoderDecoder
 
 
 def score(model: jaxlm.Model, texts: Sequence[Sequence[int]], window: int, stride: int, batch: int) -> tuple[float, int]:
@@ -68,11 +69,15 @@ def main(model: str, text: pathlib.Path, window: int | None = None, stride: int 
         loaded = jaxlm.load(model, dtype=None if dtype is None else jnp.dtype(dtype))
     if loaded.tokenizer is None:
         raise ValueError(f"{model} has no tokenizer, so it cannot take text")
-    window = min(1024, loaded.config.length) if window is None else window
+    if isinstance(loaded.config, EncoderDecoder):
+        raise ValueError(f"{model} is an encoder-decoder, whose text is scored given a source: jaxlm.score(model, texts, "
+                         "sources=...) takes both, this program only texts")
+    context = loaded.decoder.length
+    window = min(1024, context) if window is None else window
     stride = window if stride is None else stride
-    if not 1 <= stride <= window <= loaded.config.length or window < 2:
-        raise ValueError(f"it must hold that 1 <= stride ({stride}) <= window ({window}) <= the context "
-                         f"({loaded.config.length}), and window >= 2")
+    if not 1 <= stride <= window <= context or window < 2:
+        raise ValueError(f"it must hold that 1 <= stride ({stride}) <= window ({window}) <= the context ({context}), and "
+                         "window >= 2")
     if batch < 1 or (limit is not None and limit < 2):
         raise ValueError(f"batch must be at least 1 and limit at least 2, got {batch} and {limit}")
     tokenizer = loaded.tokenizer

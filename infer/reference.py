@@ -61,14 +61,21 @@ def peak_bytes() -> int:
     raise OSError("/proc/self/status has no VmHWM: peak memory is measured on Linux only")
 
 
-def serve(pipe: multiprocessing.connection.Connection, path: str) -> None:
-    """Sends the size of the weights in bytes, then a Reply for every Job, until it gets None."""
+def serve(pipe: multiprocessing.connection.Connection, path: str, begins: Sequence[int] = ()) -> None:
+    """Sends the size of the weights in bytes, then a Reply for every Job, until it gets None.
+
+    Args:
+      begins: what an encoder-decoder's text begins with; empty for a decoder.
+    """
     import torch
     import transformers
 
     torch.set_num_threads(machine.threads())
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model.generation_config.pad_token_id = 0
+    kind = transformers.AutoModelForSeq2SeqLM if begins else transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(path, dtype=torch.float32)
+    # What a model asks for by itself (forced and banned tokens, a least length) jaxlm does not do unasked.
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0,
+                                                            decoder_start_token_id=begins[0] if begins else None)
     pipe.send(sum(p.numel() * p.element_size() for p in model.parameters()))
     while (job := pipe.recv()) is not None:
         prompts, times, lengths = torch.tensor(job.prompts), [], []
@@ -83,12 +90,15 @@ def serve(pipe: multiprocessing.connection.Connection, path: str) -> None:
 
         model.generation_config.eos_token_id = list(job.eos) or None
         options = {} if job.lookup is None else {"prompt_lookup_num_tokens": job.lookup}
+        if begins:
+            options["decoder_input_ids"] = torch.tensor([begins] * len(prompts))
+        start = len(begins) or prompts.shape[1]  # what the answer begins behind
         began = time.perf_counter()
         with torch.inference_mode():
             out = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=job.new_tokens,
                                  do_sample=False, stopping_criteria=transformers.StoppingCriteriaList([Clock()]), **options)
-        pipe.send(Reply(out[:, prompts.shape[1]:].tolist(), times[0] - began, times[-1] - times[0], len(times),
-                        lengths[0] - prompts.shape[1], peak_bytes()))
+        pipe.send(Reply(out[:, start:].tolist(), times[0] - began, times[-1] - times[0], len(times), lengths[0] - start,
+                        peak_bytes()))
 
 
 @contextlib.contextmanager
@@ -124,6 +134,6 @@ def serving(model: Any) -> Iterator[multiprocessing.connection.Connection]:
     os.environ |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as folder:
         jaxlm.save(model, folder)
-        with process(serve, folder) as pipe:
+        with process(serve, folder, getattr(model.config, "start", ())) as pipe:
             pipe.recv()
             yield pipe

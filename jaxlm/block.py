@@ -1,4 +1,5 @@
-"""The one block: attention and feed-forward around the residual stream, norms placed as the config says."""
+"""The one block: attention, a decoder's attention to a source, and feed-forward around the residual stream, norms placed as
+the config says."""
 
 from typing import Any
 
@@ -11,34 +12,44 @@ from jaxlm.layers import attention, feedforward, norm
 from jaxlm.layers.mask import Context
 
 
-def _norms(residual: config.Residual) -> tuple[str, ...]:
-    match residual:
-        case config.PreNorm():
-            return ("attention_norm", "feedforward_norm")
+def _norms(cfg: config.Block) -> tuple[str, ...]:
+    layers = ("attention", "feedforward") if cfg.cross is None else ("attention", "cross_attention", "feedforward")
+    match cfg.residual:
+        case config.PreNorm(attention=first):
+            return tuple(f"{layer}_norm" for layer in (layers if first else layers[1:]))
         case config.PostNorm() | config.OutputNorm():
-            return ("attention_norm_out", "feedforward_norm_out")
+            return tuple(f"{layer}_norm_out" for layer in layers)
         case config.SandwichNorm():
-            return ("attention_norm", "attention_norm_out", "feedforward_norm", "feedforward_norm_out")
+            return tuple(f"{layer}_norm{end}" for layer in layers for end in ("", "_out"))
         case config.ParallelNorm(shared=shared):
-            return ("attention_norm",) if shared else ("attention_norm", "feedforward_norm")
+            return tuple(f"{layer}_norm" for layer in (layers[:1] if shared else layers))
 
 
 def spec(cfg: config.Block, width: int) -> dict[str, Any]:
-    """attention, feedforward and the norms around them."""
+    """attention, cross_attention, feedforward and the norms around them."""
     tree = {"attention": attention.spec(cfg.attention, width), "feedforward": feedforward.spec(cfg.feedforward, width)}
-    return tree | {name: norm.spec(cfg.residual.norm, width) for name in _norms(cfg.residual)}
+    if cfg.cross is not None:
+        tree["cross_attention"] = attention.spec(cfg.cross, width)
+    return tree | {name: norm.spec(cfg.residual.norm, width) for name in _norms(cfg)}
 
 
-def apply(params: dict[str, Any], cfg: config.Block, x: Float[Array, "B T D"], context: Context,
-          cached: KeyValue | None) -> tuple[Float[Array, "B T D"], KeyValue]:
-    """The block's output and the T tokens' keys and values."""
-    residual, names = cfg.residual, _norms(cfg.residual)
+def apply(params: dict[str, Any], cfg: config.Block, x: Float[Array, "B T D"], context: Context, cached: KeyValue | None,
+          memory: KeyValue | None = None) -> tuple[Float[Array, "B T D"], KeyValue]:
+    """The block's output and the T tokens' keys and values.
+
+    Args:
+      memory: keys and values of an encoded source; None makes them of `context.source.hidden`, where there is one.
+    """
+    residual, names = cfg.residual, _norms(cfg)
 
     def normed(name: str, y: Array) -> Array:
         return norm.apply(params[name], residual.norm, y) if name in names else y
 
     def attend(y: Array) -> tuple[Array, KeyValue]:
         return attention.apply(params["attention"], cfg.attention, y, context, cached)
+
+    def look(y: Array) -> Array:
+        return attention.cross(params["cross_attention"], cfg.cross, y, context, memory)
 
     def feed(y: Array) -> Array:
         return feedforward.apply(params["feedforward"], cfg.feedforward, y)
@@ -50,12 +61,18 @@ def apply(params: dict[str, Any], cfg: config.Block, x: Float[Array, "B T D"], c
         case config.ParallelNorm(shared=shared):
             first = normed("attention_norm", x)
             out, kv = attend(first)
+            if cfg.cross is not None:
+                out = out + look(first if shared else normed("cross_attention_norm", x))
             return x + scaled(out + feed(first if shared else normed("feedforward_norm", x))), kv
         case config.PostNorm():
             out, kv = attend(x)
             x = normed("attention_norm_out", x + scaled(out))
+            if cfg.cross is not None:
+                x = normed("cross_attention_norm_out", x + scaled(look(x)))
             return normed("feedforward_norm_out", x + scaled(feed(x))), kv
         case _:
             out, kv = attend(normed("attention_norm", x))
             x = x + scaled(normed("attention_norm_out", out))
+            if cfg.cross is not None:
+                x = x + scaled(normed("cross_attention_norm_out", look(normed("cross_attention_norm", x))))
             return x + scaled(normed("feedforward_norm_out", feed(normed("feedforward_norm", x)))), kv

@@ -31,16 +31,33 @@ class KeyValue:
 
 
 @flax.struct.dataclass
+class Memory:
+    """An encoded source, for cross-attention: the encoder's vectors, or the keys and values that the layers make of them.
+
+    Attributes:
+      hidden: [B, S, D] or None; each layer makes its keys and values of it in every call. This is for training.
+      layers: laid out like `Cache.layers`, None at places without cross-attention; or None.
+      segments: int32 [B, S]; tokens see the source of their own segment (1 where they have none), 0 is padding.
+    """
+
+    hidden: Float[Array, "B S D"] | None
+    layers: tuple[tuple[KeyValue | None, ...], ...] | None
+    segments: Int[Array, "B S"]
+
+
+@flax.struct.dataclass
 class Cache:
     """Committed keys and values of every layer.
 
     Attributes:
       layers: a tuple over groups of a tuple over the pattern's places of KeyValue.
       length: int32 [B], committed slots of each row.
+      memory: an encoded source, of decoders that have one: its keys and values are made once and never written again.
     """
 
     layers: tuple[tuple[KeyValue, ...], ...]
     length: Int[Array, "B"]
+    memory: Memory | None = None
 
     @property
     def slots(self) -> int:
@@ -72,11 +89,18 @@ def allocate(cfg: config.Stack, batch: int, slots: int, dtype: Any = jnp.float32
 
 def unstack(cache: Cache) -> Cache:
     """Every layer's keys and values as arrays of their own."""
-    layers = jax.tree.map(tuple, cache.layers)
-    return cache.replace(layers=layers)
+    memory = cache.memory
+    if memory is not None and memory.layers is not None:
+        memory = memory.replace(layers=jax.tree.map(tuple, memory.layers))
+    return cache.replace(layers=jax.tree.map(tuple, cache.layers), memory=memory)
 
 
 AXES = ("layers", "batch", "kv_heads", None, "head")  # of stacked keys and values
+
+
+def constrained(layers: Any) -> Any:
+    """Keys and values, of a cache or a memory, split over the current mesh as `AXES` says."""
+    return jax.tree.map(lambda leaf: sharding.constrain(leaf, AXES[-leaf.ndim:]), layers)
 
 
 def _order(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -155,7 +179,7 @@ def append(cache: Cache, new: Any, count: Int[Array, "B"]) -> Cache:
         if len(over):
             raise ValueError(f"the cache is full: row {over[0]} holds {length[over[0]]} of {cache.slots} slots "
                              f"and {width} more were to be written; allocate more slots")
-    return Cache(_write(cache.layers, new, cache.length), cache.length + count)
+    return cache.replace(layers=_write(cache.layers, new, cache.length), length=cache.length + count)
 
 
 def commit(cache: Cache, new: Any, path: Int[Array, "B D"], count: Int[Array, "B"]) -> Cache:
@@ -170,10 +194,10 @@ def commit(cache: Cache, new: Any, path: Int[Array, "B D"], count: Int[Array, "B
     return append(cache, jax.tree.map(pick, new), count)
 
 
-def filled(new: Any, slots: int, count: Int[Array, "B"]) -> Cache:
+def filled(new: Any, slots: int, count: Int[Array, "B"], memory: Memory | None = None) -> Cache:
     """A cache of `slots` slots that starts with these keys and values: a prefill's, without an empty cache before it."""
     def pad(rows):
         widths = [(0, 0)] * rows.ndim
         widths[-2] = (0, slots - rows.shape[-2])
         return jnp.pad(rows, widths)
-    return Cache(jax.tree.map(pad, new), count)
+    return Cache(jax.tree.map(pad, new), count, memory)

@@ -153,6 +153,45 @@ class Alibi:
 
 
 @dataclass(frozen=True)
+class RelativeBias:
+    """A learned number per head and bucket of distance added to the scores, as in T5. https://arxiv.org/abs/1910.10683
+
+    Half of the buckets hold a distance each, the others widen up to `distance` and hold all beyond. `bidirectional` tells keys
+    before the query from those behind it and gives half of the buckets to either; otherwise those behind count as distance 0.
+    `shared`: one table serves all layers of the stack, else every layer has its own.
+    """
+
+    buckets: int = 32
+    distance: int = 128
+    bidirectional: bool = False
+    shared: bool = True
+
+    def __post_init__(self):
+        sides = 2 if self.bidirectional else 1
+        _require(self.buckets % (2 * sides) == 0 and self.buckets > 0,
+                 f"RelativeBias.buckets must be a positive multiple of {2 * sides}, got {self.buckets}")
+        _require(self.distance > self.buckets // (2 * sides),
+                 f"RelativeBias.distance must be above {self.buckets // (2 * sides)}, the exact buckets, got {self.distance}")
+
+
+@dataclass(frozen=True)
+class Sinusoidal:
+    """Sines, then cosines, of the position at width / 2 frequencies from 1 down to nearly 1 / `base`, added to embeddings.
+
+    `reaching`: the lowest frequency is 1 / `base` itself, as in tensor2tensor and fairseq. Position p counts as p + `offset`.
+    https://arxiv.org/abs/1706.03762
+    """
+
+    base: float = 10000.0
+    offset: int = 0
+    reaching: bool = False
+
+    def __post_init__(self):
+        _require(self.base > 1, f"Sinusoidal.base must be above 1, got {self.base}")
+        _require(self.offset >= 0, f"Sinusoidal.offset must not be negative, got {self.offset}")
+
+
+@dataclass(frozen=True)
 class Learned:
     """A learned vector per absolute position, added to the embedding; position p reads row p + `offset`."""
 
@@ -178,13 +217,14 @@ class Attention:
 
     `scale` multiplies the scores (None: head_width ** -0.5). `softcap` c makes scores c * tanh(scores / c). `window` W
     lets a query see keys less than W positions away (None: all). `clip` bounds queries, keys and values. `sinks` gives
-    every query head a learned extra logit that takes part in the softmax and has no value.
+    every query head a learned extra logit that takes part in the softmax and has no value. `source` is the width of the
+    vectors that keys and values are made of, where these are not the queries' own: a cross-attention's.
     """
 
     heads: int
     kv_heads: int
     head_width: int
-    position: Rope | Alibi | None = Rope()
+    position: Rope | Alibi | RelativeBias | None = Rope()
     causal: bool = True
     window: int | None = None
     scale: float | None = None
@@ -194,8 +234,10 @@ class Attention:
     out_bias: bool = False
     qk_norm: QkNorm | None = None
     sinks: bool = False
+    source: int | None = None
 
     def __post_init__(self):
+        _require(self.source is None or self.source > 0, f"Attention.source must be positive, got {self.source}")
         _require(min(self.heads, self.kv_heads, self.head_width) > 0,
                  f"Attention.heads, kv_heads and head_width must be positive, got {self.heads}, {self.kv_heads}, "
                  f"{self.head_width}")
@@ -234,6 +276,7 @@ class Activation(enum.Enum):
     GELU_TANH = "gelu_tanh"
     RELU = "relu"
     SQUARED_RELU = "squared_relu"
+    TANH = "tanh"
 
 
 @dataclass(frozen=True)
@@ -254,9 +297,10 @@ class Dense:
 
 @dataclass(frozen=True)
 class PreNorm:
-    """x + f(norm(x))."""
+    """x + f(norm(x)); without `attention` it is x that attention reads, as in ModernBERT's first block."""
 
     norm: Norm
+    attention: bool = True
 
 
 @dataclass(frozen=True)
@@ -282,7 +326,7 @@ class SandwichNorm:
 
 @dataclass(frozen=True)
 class ParallelNorm:
-    """x + attention(norm(x)) + feedforward(norm(x)); `shared`: one norm feeds both, else each has its own."""
+    """x + attention(norm(x)) + feedforward(norm(x)), with cross-attention a third; `shared`: one norm feeds all."""
 
     norm: Norm
     shared: bool
@@ -293,12 +337,27 @@ Residual = PreNorm | PostNorm | OutputNorm | SandwichNorm | ParallelNorm
 
 @dataclass(frozen=True)
 class Block:
-    """One layer of the stack. `multiplier` scales what each sublayer adds to the residual stream (Granite, muP)."""
+    """One layer of the stack. `multiplier` scales what each sublayer adds to the residual stream (Granite, muP).
+
+    `cross` is a decoder's attention to an encoded source, between attention and feed-forward. Its keys have no order, or with a
+    Rope (CodeT5+ 2B) queries turn by their own positions and keys by their places in the source.
+    """
 
     attention: Attention
     feedforward: Dense
     residual: Residual
     multiplier: float = 1.0
+    cross: Attention | None = None
+
+    def __post_init__(self):
+        _require(self.attention.source is None, "Block.attention reads its own queries' vectors: Attention.source is for cross")
+        if self.cross is not None:
+            _require(self.cross.source is not None, "Block.cross needs Attention.source, the width of what the encoder gives")
+            position = self.cross.position
+            _require(position is None or isinstance(position, Rope) and position.scaling is None,
+                     "Block.cross needs Attention(position=None), or a Rope without scaling")
+            _require(not self.cross.causal and self.cross.window is None,
+                     "Block.cross needs Attention(causal=False, window=None): a source's tokens are all seen")
 
 
 @dataclass(frozen=True)
@@ -372,28 +431,98 @@ def stack_of(blocks: Sequence[Block]) -> Stack:
 
 @dataclass(frozen=True)
 class Embedding:
-    """Token vectors: `scale` multiplies them (Gemma: width ** 0.5), `norm` follows (BLOOM)."""
+    """Token vectors: `scale` multiplies them (Gemma: width ** 0.5), position and one of `types` type vectors (BERT's segments)
+    are added, `norm` follows (BLOOM). With `width` the vectors so far are of this width, and a product brings them to the
+    model's (ELECTRA).
+    """
 
     vocabulary: int
     scale: float | None = None
-    position: Learned | None = None
+    position: Learned | Sinusoidal | None = None
     norm: Norm | None = None
+    types: int | None = None
+    width: int | None = None
 
     def __post_init__(self):
         _require(self.vocabulary > 0, f"Embedding.vocabulary must be positive, got {self.vocabulary}")
+        _require(self.types is None or self.types > 0, f"Embedding.types must be positive, got {self.types}")
+        _require(self.width is None or self.width > 0, f"Embedding.width must be positive, got {self.width}")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """norm(activation(product)): what some heads do to hidden states first."""
+
+    activation: Activation
+    norm: Norm | None = None
+    bias: bool = True
 
 
 @dataclass(frozen=True)
 class Head:
-    """Logits from the last hidden states; `tied` uses the embedding's own matrix. `scale` multiplies the logits."""
+    """Logits from the last hidden states; `tied` uses the embedding's own matrix. `scale` multiplies the logits. `transform`
+    (BERT's masked-LM head) comes before the product with the vocabulary, and gives vectors of the embedding's width.
+    """
 
     tied: bool
     bias: bool = False
     scale: float = 1.0
     softcap: float | None = None
+    transform: Transform | None = None
 
     def __post_init__(self):
         _require(self.softcap is None or self.softcap > 0, f"Head.softcap must be positive, got {self.softcap}")
+
+
+class Pooling(enum.Enum):
+    """How the vectors of a text's tokens become one: their mean, the first, the last, the largest of each dimension, or a mean
+    in which token i of n weighs i (https://arxiv.org/abs/2202.08904)."""
+
+    MEAN = "mean"
+    FIRST = "first"
+    LAST = "last"
+    MAX = "max"
+    WEIGHTED_MEAN = "weighted_mean"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Logits over `labels`, of a text's pooled vector, or with `pooling` None of every token (ELECTRA's discriminator: one)."""
+
+    labels: int
+    pooling: Pooling | None
+    transform: Transform | None = None
+    bias: bool = True
+
+    def __post_init__(self):
+        _require(self.labels > 0, f"Classifier.labels must be positive, got {self.labels}")
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One vector per text: pooled, brought to `width` by a product where given, with `normalize` made of length 1."""
+
+    pooling: Pooling
+    normalize: bool = True
+    width: int | None = None
+    bias: bool = False
+
+    def __post_init__(self):
+        _require(self.width is None or self.width > 0, f"Vector.width must be positive, got {self.width}")
+        _require(self.width is not None or not self.bias, "Vector.bias belongs to a product: give a width")
+
+
+def _check_side(cfg: "Decoder | Encoder") -> None:
+    name, position = type(cfg).__name__, cfg.embedding.position
+    _require(cfg.width > 0, f"{name}.width must be positive, got {cfg.width}")
+    _require(cfg.length > 0, f"{name}.length must be positive, got {cfg.length}")
+    _require(not isinstance(position, Learned) or cfg.length <= position.length - position.offset,
+             f"{name}.length ({cfg.length}) is longer than the learned positions reach")
+    _require(not isinstance(cfg.head, Head) or cfg.head.transform is not None or cfg.embedding.width in (None, cfg.width),
+             f"{name}.head reads vectors of the embedding's width, {cfg.embedding.width}: give it a transform")
+    shared = {(block.attention.position, block.attention.heads) for block in cfg.stack.blocks()
+              if isinstance(block.attention.position, RelativeBias) and block.attention.position.shared}
+    _require(len(shared) < 2, f"one RelativeBias(shared=True) and its number of heads serve a stack, this has {len(shared)}")
 
 
 @dataclass(frozen=True)
@@ -415,17 +544,73 @@ class Decoder:
     length: int
 
     def __post_init__(self):
-        _require(self.width > 0, f"Decoder.width must be positive, got {self.width}")
-        _require(self.length > 0, f"Decoder.length must be positive, got {self.length}")
-        position = self.embedding.position
-        _require(position is None or self.length <= position.length - position.offset,
-                 f"Decoder.length ({self.length}) is longer than the learned positions reach")
+        _check_side(self)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder: every token sees every other, but in layers left causal when a decoder became it. `head` is what reads it:
+    logits of tokens (masked language models), of labels, or a vector per text; None gives hidden states only.
+    """
+
+    width: int
+    embedding: Embedding
+    stack: Stack
+    norm: Norm | None
+    head: Head | Classifier | Vector | None
+    length: int
+
+    def __post_init__(self):
+        _check_side(self)
+        for block in self.stack.blocks():
+            _require(block.cross is None, "an Encoder reads one text: Block.cross is for decoders")
+
+
+@dataclass(frozen=True)
+class EncoderDecoder:
+    """A decoder whose blocks attend to what an encoder made of a source. The two differ in whatever they like.
+
+    `start` are the tokens that the decoder's text begins with. `shared`: both sides read the decoder's table of tokens.
+    `projection`: a product with a bias brings the encoder's vectors to the width that the decoder's cross-attention reads.
+    """
+
+    encoder: Encoder
+    decoder: Decoder
+    start: tuple[int, ...]
+    shared: bool = True
+    projection: bool = False
+
+    def __post_init__(self):
+        _require(len(self.start) > 0, "EncoderDecoder.start must hold at least one token")
+        crossing = [block.cross for block in self.decoder.stack.blocks() if block.cross is not None]
+        _require(len(crossing) > 0, "no block of the decoder attends to the encoder: give some of them a Block.cross")
+        widths = {cross.source for cross in crossing}
+        _require(len(widths) == 1 and (self.projection or widths == {self.encoder.width}),
+                 f"the decoder's Attention.source must be the encoder's width, {self.encoder.width}"
+                 f"{', or one other with projection' if not self.projection else ''}, got {sorted(widths)}")
+        _require(self.encoder.head is None, "an EncoderDecoder's encoder has no head of its own")
+        if self.shared:
+            ours, theirs = self.encoder, self.decoder
+            sizes = [(side.embedding.vocabulary, side.embedding.width or side.width) for side in (ours, theirs)]
+            _require(sizes[0] == sizes[1], "one table of tokens serves both sides only where vocabulary and width are the "
+                     f"same, got {sizes[0]} and {sizes[1]}")
+        wrong = [token for token in self.start if not 0 <= token < self.decoder.embedding.vocabulary]
+        _require(not wrong, f"EncoderDecoder.start holds {wrong}, the decoder's vocabulary has "
+                 f"{self.decoder.embedding.vocabulary} tokens")
+
+    @property
+    def source(self) -> int:
+        """The width of what the decoder's cross-attention reads."""
+        return next(block.cross.source for block in self.decoder.stack.blocks() if block.cross is not None)
+
+
+Config = Decoder | Encoder | EncoderDecoder
 
 
 TYPES: dict[str, type] = {cls.__name__: cls for cls in (
-    RmsNorm, LayerNorm, LinearScaling, DynamicNtkScaling, YarnScaling, Llama3Scaling, LongRopeScaling, Rope, Alibi, Learned,
-    QkNorm, Attention, Dense, PreNorm, PostNorm, OutputNorm, SandwichNorm, ParallelNorm, Block, Group, Stack, Embedding, Head,
-    Decoder)}
+    RmsNorm, LayerNorm, LinearScaling, DynamicNtkScaling, YarnScaling, Llama3Scaling, LongRopeScaling, Rope, Alibi,
+    RelativeBias, Sinusoidal, Learned, QkNorm, Attention, Dense, PreNorm, PostNorm, OutputNorm, SandwichNorm, ParallelNorm,
+    Block, Group, Stack, Embedding, Transform, Head, Classifier, Vector, Decoder, Encoder, EncoderDecoder)}
 
 
 def to_dict(cfg: Any) -> Any:
@@ -470,7 +655,7 @@ def from_dict(data: Any, expected: Any = Any, where: str = "config") -> Any:
     else:
         value = data
         for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, enum.Enum):
+            if data is not None and isinstance(kind, type) and issubclass(kind, enum.Enum):
                 choices = [member.value for member in kind]
                 _require(data in choices, f"{where} must be one of {', '.join(choices)}, got {data!r}")
                 value = kind(data)

@@ -30,10 +30,15 @@ def _weights(module: nn.Module, spec: params.Spec) -> dict[str, Any]:
 
 
 def _context(cfg: config.Attention, x: Float[Array, "B T D"], cached: KeyValue | None,
-             known: dict[str, Array]) -> Context:
+             known: dict[str, Any], cross: config.Attention | None = None) -> Context:
+    known = dict(known)
+    shared = {name: known.pop(name, None) for name in ("bias", "source")}
     if cached is not None and known.get("length") is None:
         raise ValueError("cached keys and values need `length`, how many of their slots count in each row")
-    return describe([cfg], *x.shape[:2], **known)
+    if isinstance(cfg.position, config.RelativeBias) and cfg.position.shared and shared["bias"] is None:
+        raise ValueError("the stack holds a relative bias that its layers share: give `bias`, a jaxlm.layers.position.Shared")
+    layers = [cfg] if cross is None else [cfg, cross]
+    return describe(layers, *x.shape[:2], **known).replace(**shared)
 
 
 class Norm(nn.Module):
@@ -69,11 +74,12 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B T"],
-                 positions: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
-        """Default positions: from 0 on."""
+                 positions: Int[Array, "B T"] | None = None,
+                 types: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+        """Default positions: from 0 on; types: 0."""
         weights = _weights(self, embed.spec(self.cfg, self.width))
         positions = describe((), *tokens.shape, positions).positions
-        return embed.apply(weights, self.cfg, tokens, None, positions, weights["tokens"].dtype)
+        return embed.apply(weights, self.cfg, tokens, None, positions, weights["tokens"].dtype, types)
 
 
 class Attention(nn.Module):
@@ -84,16 +90,20 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], cached: KeyValue | None = None,
-                 **known: Array) -> tuple[Float[Array, "B T D"], KeyValue]:
+                 **known: Any) -> tuple[Float[Array, "B T D"], KeyValue]:
         """The output and the T tokens' keys and values.
 
         Args:
           cached: committed keys and values [B, K, S, H], of which `length` count.
-          known: positions, segments, mask, length, total as `jaxlm.layers.mask.describe` takes them.
+          known: positions, segments, mask, length, total as `jaxlm.layers.mask.describe` takes them; `bias` and `source` as
+            `jaxlm.layers.mask.Context` has them.
 
         Raises:
-          ValueError: for `cached` without `length`.
+          ValueError: for `cached` without `length`, a relative bias that the stack holds without `bias`, and for the attention
+            to a source, which only a `Block` has.
         """
+        if self.cfg.source is not None:
+            raise ValueError("attention to a source is part of a Block: its Attention.source is not None")
         weights = _weights(self, attention.spec(self.cfg, x.shape[-1]))
         return attention.apply(weights, self.cfg, x, _context(self.cfg, x, cached, known), cached)
 
@@ -105,11 +115,12 @@ class Block(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], cached: KeyValue | None = None,
-                 **known: Array) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """The output and the T tokens' keys and values; arguments as `Attention` takes them."""
+    def __call__(self, x: Float[Array, "B T D"], cached: KeyValue | None = None, memory: KeyValue | None = None,
+                 **known: Any) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """The output and the T tokens' keys and values; arguments as `Attention` and `jaxlm.block.apply` take them."""
         weights = _weights(self, block.spec(self.cfg, x.shape[-1]))
-        return block.apply(weights, self.cfg, x, _context(self.cfg.attention, x, cached, known), cached)
+        return block.apply(weights, self.cfg, x, _context(self.cfg.attention, x, cached, known, self.cfg.cross), cached,
+                           memory)
 
 
 class Decoder(nn.Module):
@@ -135,8 +146,56 @@ class Decoder(nn.Module):
         return model.forward(_weights(self, model.spec(self.cfg)), self.cfg, tokens, **arguments)
 
 
+class Encoder(nn.Module):
+    """`jaxlm.model.forward` of an encoder, whose one module holds the whole tree."""
+
+    cfg: config.Encoder
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B T"] | None = None, **arguments: Any) -> model.Output:
+        """Arguments and errors as `jaxlm.model.forward` has them."""
+        return model.forward(_weights(self, model.spec(self.cfg)), self.cfg, tokens, **arguments)
+
+
+class EncoderDecoder(nn.Module):
+    """`jaxlm.model.encode`, then `jaxlm.model.forward` of the decoder; one module holds both trees.
+
+    Example:
+      >>> import jax
+      >>> attention, norm = config.Attention(2, 2, 4, config.RelativeBias(8, 20, True), causal=False), config.RmsNorm()
+      >>> cross = config.Attention(2, 2, 4, None, causal=False, source=8)
+      >>> reads = config.Block(attention, config.Dense(16), config.PreNorm(norm))
+      >>> writes = config.Block(config.Attention(2, 2, 4), config.Dense(16), config.PreNorm(norm), cross=cross)
+      >>> cfg = config.EncoderDecoder(
+      ...     config.Encoder(8, config.Embedding(11), config.stack_of([reads] * 2), norm, None, 32),
+      ...     config.Decoder(8, config.Embedding(11), config.stack_of([writes] * 2), norm, config.Head(True), 32), start=(0,))
+      >>> both = EncoderDecoder(cfg)
+      >>> inputs, tokens = jnp.array([[4, 5, 6, 7]]), jnp.array([[0, 4]])
+      >>> variables = jax.jit(both.init)(jax.random.key(0), inputs, tokens)
+      >>> jax.jit(both.apply)(variables, inputs, tokens).logits.shape
+      (1, 2, 11)
+    """
+
+    cfg: config.EncoderDecoder
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs: Int[Array, "B S"], tokens: Int[Array, "B T"], *, input_segments: Int[Array, "B S"] | None = None,
+                 input_lengths: Int[Array, "B"] | None = None, **arguments: Any) -> model.Output:
+        """Logits of the tokens that follow each of the decoder's.
+
+        Args:
+          inputs, input_segments, input_lengths: the source, as `jaxlm.model.encode` takes it.
+          arguments: as `jaxlm.model.forward` takes them.
+        """
+        weights = _weights(self, model.spec(self.cfg))
+        memory = model.encode(weights, self.cfg, inputs, segments=input_segments, lengths=input_lengths)
+        return model.forward(weights, self.cfg, tokens, memory=memory, **arguments)
+
+
 @functools.cache
-def _nnx_decoder() -> type:
+def _nnx_model() -> type:
     from flax import nnx  # here, not above: it breaks with many versions of jax that the rest works with
 
     def wrap(tree: PyTree) -> Any:
@@ -149,12 +208,13 @@ def _nnx_decoder() -> type:
             return {name: unwrap(branch) for name, branch in node.items()}
         return tuple(unwrap(branch) for branch in node) if isinstance(node, nnx.List) else node.get_value()
 
-    class Decoder(nnx.Module):
-        """A decoder-only language model: each weight is an `nnx.Param` at its own path."""
+    class Model(nnx.Module):
+        """A model: each weight is an `nnx.Param` at its own path."""
 
-        def __init__(self, cfg: config.Decoder, weights: PyTree):
-            self.cfg = cfg
-            self.decoder = wrap(weights["decoder"])
+        def __init__(self, cfg: config.Config, weights: PyTree):
+            self.cfg, self.sides = cfg, tuple(weights)
+            for name, tree in weights.items():
+                setattr(self, name, wrap(tree))
 
         def __call__(self, tokens: Int[Array, "B T"] | None = None, **arguments: Any) -> model.Output:
             """Arguments and errors as `jaxlm.model.forward` has them."""
@@ -162,9 +222,9 @@ def _nnx_decoder() -> type:
 
         def weights(self) -> PyTree:
             """The tree as the pure functions take it."""
-            return {"decoder": unwrap(self.decoder)}
+            return {name: unwrap(getattr(self, name)) for name in self.sides}
 
-    return Decoder
+    return Model
 
 
 def to_nnx(model: model.Model) -> Any:
@@ -172,4 +232,4 @@ def to_nnx(model: model.Model) -> Any:
 
     `.weights()` gives the tree back, as it is by then. Needs a flax.nnx that works with the installed jax.
     """
-    return _nnx_decoder()(model.config, model.params)
+    return _nnx_model()(model.config, model.params)

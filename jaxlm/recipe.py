@@ -23,13 +23,14 @@ from jaxlm.data.source import Source
 from jaxlm.data.stream import Batches, Phase, Plan
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokenizer_train import BytePairs
-from jaxlm.objectives import Objective, text
+from jaxlm.objectives import Objective
 from jaxlm.training.optimizer import Optimizer
 from jaxlm.training.step import Metrics, State, advance, begin
 
 REMAT = {"none": None, "full": jax.checkpoint_policies.nothing_saveable,
          "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+INPUTS = ("inputs", "input_segments")  # of a batch of pairs: as long as `Recipe.inputs`, not `Recipe.length`
 CHANGEABLE = ("objective", "phases")  # of what is known of a run: a checkpoint is of use with others, when that is meant
 
 
@@ -44,8 +45,9 @@ class Recipe:
       held_out: what evaluations read; None for none.
       objective: what is learned, for all steps or a schedule.
       optimizer: with its schedule of the learning rate.
-      rows, length: of a batch, over all devices: sequences, and tokens of each.
+      rows, length: of a batch, over all devices: sequences, and tokens of each; of pairs, of each one's targets.
       steps: updates.
+      inputs: tokens of the inputs of each sequence, where the objective makes pairs; None where it makes texts.
       pieces: that a batch is taken in, one after another, where it does not fit at once.
       cut: whether documents are cut to fill rows, see `jaxlm.data.stream.Plan`.
       mesh: (axis, size) of `jaxlm.sharding.mesh`; by default all devices are of the axis "data".
@@ -57,11 +59,12 @@ class Recipe:
       seed: of weights, order and examples.
       checkpoint_every, evaluate_every: steps; None at the end only.
       evaluation_batches: read by an evaluation, always the same ones.
-      evaluation: what they ask, whatever is learned meanwhile. None is the next token of plain text, so that bits per byte are
-        those of the text; for models that only learn hidden tokens, the objective of the last phase.
+      evaluation: what they ask, whatever is learned meanwhile, with the loss of that or the common one. None is the next token
+        of plain text, so that bits per byte are those of the text; for models that do not learn it, the objective of the last
+        phase. Of pairs, bits per byte are those of the targets.
     """
 
-    model: config.Decoder
+    model: config.Config
     tokenizer: str | BytePairs
     phases: tuple[Phase, ...]
     objective: Objective | objectives.Schedule
@@ -69,6 +72,7 @@ class Recipe:
     rows: int
     length: int
     steps: int
+    inputs: int | None = None
     held_out: Phase | None = None
     pieces: int = 1
     cut: bool = True
@@ -85,8 +89,9 @@ class Recipe:
     evaluation: Objective | None = None
 
     def __post_init__(self) -> None:
-        if self.length > self.model.length:
-            raise ValueError(f"rows of {self.length} tokens are longer than the model's context of {self.model.length}")
+        for length, side in self.sides:
+            if length > side.length:
+                raise ValueError(f"rows of {length} tokens are longer than the model's context of {side.length}")
         if min(self.rows, self.length, self.steps, self.pieces, self.evaluation_batches) < 1:
             raise ValueError("rows, length, steps, pieces and evaluation_batches are at least 1, got "
                              f"{self.rows}, {self.length}, {self.steps}, {self.pieces} and {self.evaluation_batches}")
@@ -101,7 +106,17 @@ class Recipe:
         if self.average is not None and not 0 < self.average < 1:
             raise ValueError(f"average is between 0 and 1, or None, got {self.average}")
         for one in self.objectives:
-            text.check(one, self.model)
+            one.check(self.model)
+        pairs = [one for one in self.objectives if one.makes == "pair"]
+        if pairs and (self.inputs is None or self.inputs < 1):
+            raise ValueError(f"{type(pairs[0]).__name__} makes pairs: Recipe.inputs says how many tokens of inputs a row has, "
+                             f"at least 1, got {self.inputs}")
+        if not pairs and self.inputs is not None:
+            raise ValueError(f"{type(self.objectives[0]).__name__} makes texts, which have no inputs: leave out Recipe.inputs, "
+                             f"got {self.inputs}")
+        evaluated = self.objectives[-1].own
+        if evaluated not in (None, self.own):
+            raise ValueError(f"evaluations have the loss of what is learned or the common one, got that of {evaluated}")
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -109,9 +124,27 @@ class Recipe:
         learned = (self.objective,)
         if isinstance(self.objective, objectives.Schedule):
             learned = tuple(one for one, _ in self.objective.phases)
-        hidden = learned[-1].makes == "encoder" or all(isinstance(one, objectives.AsPrefix) for one in learned)
-        default = learned[-1] if hidden else objectives.CausalLM()
+        plain = learned[-1].makes == "decoder" and learned[-1].own is None
+        plain = plain and not all(isinstance(one, objectives.AsPrefix) for one in learned)
+        default = objectives.CausalLM() if plain else learned[-1]
         return (*learned, default if self.evaluation is None else self.evaluation)
+
+    @property
+    def own(self) -> Objective | None:
+        """The objective whose own loss is learned; None where it is every objective's."""
+        return objectives.sharing(self.objectives[:-1])
+
+    @property
+    def sides(self) -> tuple[tuple[int, config.Decoder | config.Encoder], ...]:
+        """For every sequence of a row: how many tokens it has, and what reads it."""
+        if isinstance(self.model, config.EncoderDecoder):
+            return ((self.inputs or 0, self.model.encoder), (self.length, self.model.decoder))
+        return tuple((length, self.model) for length in (self.inputs, self.length) if length is not None)
+
+    @property
+    def tokens(self) -> int:
+        """Of a batch, inputs and targets."""
+        return self.rows * sum(length for length, _ in self.sides)
 
     def about(self) -> dict[str, Any]:
         """What must be the same for a checkpoint of one recipe to be of use to another, as plain JSON; those in `CHANGEABLE`
@@ -121,8 +154,9 @@ class Recipe:
                    "multipliers": bool(one.multipliers), "frozen": list(one.frozen)}
         phases = [{"sources": [[_said(source), share] for source, share in phase.sources], "steps": phase.steps}
                   for phase in self.phases]
+        inputs = {} if self.inputs is None else {"inputs": self.inputs}
         return {"model": config.to_dict(self.model), "optimizer": moments, "average": self.average is not None,
-                "rows": self.rows, "length": self.length, "seed": self.seed, "cut": self.cut,
+                "rows": self.rows, "length": self.length, **inputs, "seed": self.seed, "cut": self.cut,
                 "number of phases": len(phases), "objective": _said(self.objective), "phases": phases}
 
 
@@ -197,7 +231,8 @@ class Program:
 
     Attributes:
       mesh: of the devices.
-      spec: of the weights.
+      spec: of the weights, with those that only training has under "extra".
+      carry: of what the loss hands on from step to step.
     """
 
     sizes: np.ndarray | None = None  # UTF-8 bytes of every token, where there is a tokenizer
@@ -209,7 +244,10 @@ class Program:
         """
         self.recipe = recipe
         self.mesh = mesh_of(recipe, devices)
-        self.spec = model.spec(recipe.model)
+        learned = recipe.own or Objective()
+        extra = learned.extra(recipe.model)
+        self.spec = model.spec(recipe.model) | ({"extra": extra} if extra else {})
+        self.carry = learned.carry(recipe.model)
         self.transform = recipe.optimizer.transform(self.spec)
 
     @property
@@ -225,23 +263,39 @@ class Program:
 
     @property
     def flops_per_token(self) -> float:
-        """Of a step of training, without what remat adds: 6 for every weight in a product, and attention's own products.
+        """Of a step of training, without what remat adds: 6 for every weight in a product, and attention's own products; the
+        mean over the tokens of a row, inputs and targets. What a loss of an objective's own does besides is not known here.
 
         Reference: Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311; here causal scores count half, and of
         windows what lies in them.
         """
-        scores = 0
-        for block in self.recipe.model.stack.blocks():
-            window = min(self.recipe.length, block.attention.window or self.recipe.length)
-            behind = window - window**2 / (2 * self.recipe.length)  # the mean: a row's first tokens have fewer before them
-            scores += 2 * block.attention.heads * block.attention.head_width * behind * (1 if block.attention.causal else 2)
-        return 6.0 * (model.products(self.recipe.model) + scores)
+        products, inputs = 0.0, self.recipe.inputs or 0
+        for length, side in self.recipe.sides:
+            products += length * model.products(side)
+            for block in side.stack.blocks():
+                window = min(length, block.attention.window or length)
+                behind = window - window**2 / (2 * length)  # the mean: a row's first tokens have fewer before them
+                width = block.attention.heads * block.attention.head_width
+                products += 2 * length * width * behind * (1 if block.attention.causal else 2)
+                if block.cross is not None:
+                    products += 2 * length * block.cross.heads * block.cross.head_width * inputs
+                    # Keys and values are made of the inputs.
+                    products += (inputs - length) * 2 * block.cross.source * block.cross.kv_heads * block.cross.head_width
+        if isinstance(self.recipe.model, config.EncoderDecoder) and self.recipe.model.projection:
+            products += inputs * self.recipe.model.encoder.width * self.recipe.model.source
+        return 6.0 * products * self.recipe.rows / self.recipe.tokens
 
-    def loss(self, params: PyTree, batch: Mapping[str, Array], key: Key[Array, ""]) -> objectives.Loss:
-        """The recipe's loss of a batch."""
+    def loss(self, params: PyTree, batch: Mapping[str, Array], key: Key[Array, ""], carry: PyTree,
+             learned: Objective | None = None) -> tuple[objectives.Loss, PyTree]:
+        """The loss of a batch, and what it hands on.
+
+        Args:
+          learned: whose; default that of what the recipe learns.
+        """
         one = self.recipe
-        return text.loss(params, one.model, batch, sizes=self.sizes, prefixes=self.prefixes, smoothing=one.smoothing,
-                         z=one.z, dtype=self.dtype, remat=REMAT[one.remat])
+        learned = learned or one.own or Objective()
+        return learned.loss(params, one.model, batch, key, carry, sizes=self.sizes, prefixes=self.prefixes,
+                            smoothing=one.smoothing, z=one.z, dtype=self.dtype, remat=REMAT[one.remat])
 
     def step(self, skip: bool = False) -> Callable[[State, PyTree], tuple[State, Metrics]]:
         """One update, to be compiled; consumes the state.
@@ -254,7 +308,8 @@ class Program:
         def update(state: State, batch: PyTree) -> tuple[State, Metrics]:
             state, metrics = advance(self.loss, self.transform, state, batch, pieces=one.pieces, keep=one.average, skip=skip)
             aux = dict(metrics.aux)
-            aux["accuracy"] = aux.pop("correct")
+            if "correct" in aux:
+                aux["accuracy"] = aux.pop("correct")
             if "bytes" in aux:
                 aux["bits_per_byte"] = aux["nll"] / jnp.maximum(aux.pop("bytes"), 1e-9) / np.float32(np.log(2))
             return state, metrics.replace(aux=aux)
@@ -274,7 +329,8 @@ class Program:
                 if name in weights and leaf.shape == shapes[name].shape:
                     return weights[name]
             return alone
-        return jax.tree_util.tree_map_with_path(of, self._shapes)
+        found = jax.tree_util.tree_map_with_path(of, self._shapes)
+        return found.replace(carry=sharding.shardings(self.carry, self.mesh))
 
     @functools.cached_property
     def _shapes(self) -> State:
@@ -283,7 +339,8 @@ class Program:
 
     def _begin(self, key: Key[Array, ""]) -> State:
         first, rest = jax.random.split(key)
-        return begin(params.init(self.spec, first), self.transform, rest, self.recipe.average is not None)
+        weights, carry = (params.init(spec, first) for spec in (self.spec, self.carry))
+        return begin(weights, self.transform, rest, self.recipe.average is not None, carry)
 
     def abstract(self) -> State:
         """The state's shapes, dtypes and shardings, for reading a checkpoint and for compiling without devices."""
@@ -292,18 +349,27 @@ class Program:
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The same of a batch."""
-        shape = (self.recipe.rows, self.recipe.length)
-        return {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=over)
+        def shape(name: str) -> tuple[int, int]:
+            return self.recipe.rows, (self.recipe.inputs or 0) if name in INPUTS else self.recipe.length
+
+        return {name: jax.ShapeDtypeStruct(shape(name), jnp.float32 if name == "weights" else jnp.int32, sharding=over)
                 for name, over in self.batch_shardings().items() if name != "state"}
 
-    def batch_shardings(self) -> dict[str, NamedSharding]:
-        """Of a batch's arrays."""
-        def over(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-            return NamedSharding(self.mesh, sharding.partition(axes, shape, self.mesh.shape))
+    def batch_shardings(self, objective: Objective | None = None) -> dict[str, NamedSharding]:
+        """Of a batch's arrays.
 
-        whole = over(("batch", "length"), (self.recipe.rows, self.recipe.length))
-        names = ["tokens", "targets", "weights", "segments", *(["prefix"] if self.prefixes else [])]
-        return dict.fromkeys(names, whole) | {"state": over(("batch", None), (self.recipe.rows, 1))}
+        Args:
+          objective: what makes its examples; default what the recipe learns.
+        """
+        def over(axes: tuple[str | None, ...], length: int) -> NamedSharding:
+            return NamedSharding(self.mesh, sharding.partition(axes, (self.recipe.rows, length), self.mesh.shape))
+
+        found = dict.fromkeys(("targets", "weights", "segments"), over(("batch", "length"), self.recipe.length))
+        if (objective or self.recipe.objectives[0]).makes == "pair":
+            found |= dict.fromkeys(INPUTS, over(("batch", "length"), self.recipe.inputs or 0))
+        else:
+            found |= dict.fromkeys(("tokens", *(["prefix"] if self.prefixes else [])), found["targets"])
+        return found | {"state": over(("batch", None), 1)}
 
 
 class Run(Program):
@@ -324,11 +390,11 @@ class Run(Program):
         self.held_out = None if recipe.held_out is None else _opened(recipe.held_out)
         directory = recipe.tokenizer.directory() if isinstance(recipe.tokenizer, BytePairs) else pathlib.Path(recipe.tokenizer)
         self.tokenizer = Tokenizer.from_directory(directory)
-        vocabulary = recipe.model.embedding.vocabulary
-        if self.tokenizer.size > vocabulary:
+        vocabularies = [side.embedding.vocabulary for _, side in recipe.sides]
+        if self.tokenizer.size > min(vocabularies):
             raise ValueError(f"the tokenizer in {directory} has {self.tokenizer.size} tokens, the model a vocabulary of "
-                             f"{vocabulary}: it needs at least as many")
-        self.sizes = np.zeros(vocabulary, np.int32)
+                             f"{min(vocabularies)}: it needs at least as many")
+        self.sizes = np.zeros(vocabularies[-1], np.int32)
         self.sizes[:self.tokenizer.size] = [len(token) for token in self.tokenizer.token_bytes()]
 
     def about(self) -> dict[str, Any]:
@@ -339,22 +405,28 @@ class Run(Program):
     def plan(self) -> Plan:
         """Of the batches."""
         one = self.recipe
-        return Plan(self.phases, _Encoder(self.tokenizer), self._at(one.objective), one.rows, one.length, one.seed, one.cut)
+        inputs = one.inputs if one.objectives[0].makes == "pair" else None
+        return Plan(self.phases, _Encoder(self.tokenizer), self._at(one.objective), one.rows, one.length, one.seed, one.cut,
+                    inputs)
 
     def _at(self, objective: Objective | objectives.Schedule) -> _At:
         edges = tuple(token for token in (self.tokenizer.bos_id, self.tokenizer.eos_id) if token is not None)
+
+        def told(one: Objective) -> Objective:
+            return objectives.told(one, edges, self.tokenizer)
+
         if isinstance(objective, objectives.Schedule):
-            return _At(objectives.Schedule(tuple((objectives.told(one, edges), steps) for one, steps in objective.phases)))
-        return _At(objectives.told(objective, edges))
+            return _At(objectives.Schedule(tuple((told(one), steps) for one, steps in objective.phases)))
+        return _At(told(objective))
 
     @functools.cached_property
     def rows(self) -> list[int]:
         """The rows of a batch that this process's devices have."""
-        places = self.batch_shardings()["tokens"].addressable_devices_indices_map((self.recipe.rows, self.recipe.length))
+        places = self.batch_shardings()["targets"].addressable_devices_indices_map((self.recipe.rows, self.recipe.length))
         return sorted({row for index in places.values() for row in range(*index[0].indices(self.recipe.rows))})
 
-    def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """A batch's rows of this process, as arrays over all devices."""
+    def place(self, batch: Mapping[str, np.ndarray], objective: Objective | None = None) -> dict[str, Array]:
+        """A batch's rows of this process, as arrays over all devices; of this objective's examples, or of what is learned."""
         where = {row: place for place, row in enumerate(self.rows)}
 
         def put(name: str, over: NamedSharding) -> Array:
@@ -365,7 +437,7 @@ class Run(Program):
                 return mine[where[first]:where[last - 1] + 1, *index[1:]]
             return jax.make_array_from_callback((self.recipe.rows, *mine.shape[1:]), over, part)
 
-        return {name: put(name, over) for name, over in self.batch_shardings().items()}
+        return {name: put(name, over) for name, over in self.batch_shardings(objective).items()}
 
     def batches(self, rows: Any = None, step: int = 0, workers: int = 0) -> Batches:
         """This process's batches from a step on.
@@ -384,32 +456,43 @@ class Run(Program):
         """Shape, dtype and sharding of what batches keep."""
         return jax.ShapeDtypeStruct((self.recipe.rows, self.plan.width), jnp.int32, sharding=self.batch_shardings()["state"])
 
-    def evaluation(self) -> Callable[[PyTree], dict[str, float]] | None:
-        """Loss, accuracy and bits per byte on the held-out batches, the same every time; None without any."""
+    def evaluation(self) -> Callable[..., dict[str, float]] | None:
+        """The loss on the held-out batches, the same every time, and what else it tells: accuracy and bits per byte, where
+        tokens are asked; of the weights and of what the loss hands on, where it does. None without held-out data."""
         one = self.recipe
         if self.held_out is None:
             return None
-        asked = self._at(one.objectives[-1])
-        plan = dataclasses.replace(self.plan, phases=(self.held_out,), objective=asked, seed=one.seed + 1)
+        asked = one.objectives[-1]
+        inputs = one.inputs if asked.makes == "pair" else None
+        plan = dataclasses.replace(self.plan, phases=(self.held_out,), objective=self._at(asked), seed=one.seed + 1,
+                                   inputs=inputs)
         with Batches(plan, self.rows, ahead=0) as found:
-            kept = [self.place(next(found)) for _ in range(one.evaluation_batches)]
+            kept = [self.place(next(found), asked) for _ in range(one.evaluation_batches)]
         for batch in kept:
             del batch["state"]
 
-        @jax.jit
-        def measure(weights: PyTree, batch: PyTree) -> tuple[Array, dict[str, Array]]:
-            loss = self.loss(weights, batch, jax.random.key(0))
-            return loss.weight, loss.aux
+        learned = asked.own or Objective()
 
-        def evaluate(weights: PyTree) -> dict[str, float]:
-            weight, sums = 0.0, dict.fromkeys(("nll", "correct", "bytes"), 0.0)
+        @jax.jit
+        def measure(weights: PyTree, batch: PyTree, carry: PyTree) -> tuple[dict[str, Array], PyTree]:
+            loss, carry = self.loss(weights, batch, jax.random.key(0), carry, learned)
+            return {"sum": loss.sum, "weight": loss.weight, **loss.aux}, carry
+
+        def evaluate(weights: PyTree, carry: PyTree = ()) -> dict[str, float]:
+            sums: dict[str, float] = {}
             for batch in kept:
-                more, aux = jax.device_get(measure(weights, batch))
-                weight, sums = weight + float(more), {name: value + float(aux[name]) for name, value in sums.items()}
-            if not weight or not sums["bytes"]:
+                more, carry = measure(weights, batch, carry)
+                sums = {name: sums.get(name, 0.0) + float(value) for name, value in jax.device_get(more).items()}
+            total, weight = sums.pop("sum"), sums.pop("weight")
+            if not weight or not sums.get("bytes", 1):
                 raise ValueError("the held-out batches ask for nothing: their documents hold no text")
-            return {"loss": sums["nll"] / weight, "accuracy": sums["correct"] / weight,
-                    "bits_per_byte": sums["nll"] / sums["bytes"] / math.log(2)}
+            size, nll, correct = (sums.pop(name, None) for name in ("bytes", "nll", "correct"))
+            found = {"loss": (total if nll is None else nll) / weight}
+            if correct is not None:
+                found["accuracy"] = correct / weight
+            if size is not None:
+                found["bits_per_byte"] = found["loss"] * weight / size / math.log(2)
+            return found | {name: value / weight for name, value in sums.items()}
 
         return evaluate
 

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlm import block, config, sharding
 from jaxlm.cache import KeyValue
+from jaxlm.layers import attention
 from jaxlm.layers.mask import Context
 
 
@@ -72,11 +73,14 @@ def prefix_weights(params: dict[str, Any], cfg: config.Stack, layers: int) -> di
             for i, (group, g, start) in enumerate(_origins(cfg, layers))}
 
 
-def prefix_cache(cache: tuple[tuple[KeyValue, ...], ...], cfg: config.Stack, layers: int) -> tuple[tuple[KeyValue, ...], ...]:
-    """`Cache.layers` of `prefix(cfg, layers)`. What begins with a group keeps all its repeats: they are not read, and cutting
-    would copy the cache."""
-    def cut(kv: KeyValue, start: int, count: int) -> KeyValue:
-        return kv if start == 0 else KeyValue(kv.k[start:start + count], kv.v[start:start + count])
+Layers = tuple[tuple[KeyValue | None, ...], ...]
+
+
+def prefix_cache(cache: Layers, cfg: config.Stack, layers: int) -> Layers:
+    """`Cache.layers` or `Memory.layers` of `prefix(cfg, layers)`. What begins with a group keeps all its repeats: they are not
+    read, and cutting would copy the cache."""
+    def cut(kv: KeyValue | None, start: int, count: int) -> KeyValue | None:
+        return kv if kv is None or start == 0 else KeyValue(kv.k[start:start + count], kv.v[start:start + count])
 
     return tuple(tuple(cut(kv, start, group.repeats) for kv in cache[g][:len(group.pattern)])
                  for group, g, start in _origins(cfg, layers))
@@ -95,13 +99,14 @@ def _origins(cfg: config.Stack, layers: int) -> list[tuple[config.Group, int, in
 
 def apply(params: dict[str, Any], cfg: config.Stack, x: Float[Array, "B T D"], context: Context,
           cache: tuple[tuple[KeyValue, ...], ...] | None, taps: Sequence[int] = (),
-          remat: Any = None) -> tuple[Float[Array, "B T D"], PyTree, tuple[Array, ...]]:
+          remat: Any = None, memory: Layers | None = None) -> tuple[Float[Array, "B T D"], PyTree, tuple[Array, ...]]:
     """The last block's output, every layer's new keys and values, and the hidden states asked for.
 
     Args:
       cache: `Cache.layers`, stacked or unrolled as the weights are; only read.
       taps: 0 is x itself, i the output of the i-th block.
       remat: a `jax.checkpoint` policy, or None: `jax.checkpoint_policies.nothing_saveable` recomputes whole blocks.
+      memory: `Memory.layers`, laid out as the cache.
 
     Returns:
       (x, a tree like `cache` with T slots instead of S, one array [B, T, D] per tap)
@@ -113,13 +118,14 @@ def apply(params: dict[str, Any], cfg: config.Stack, x: Float[Array, "B T D"], c
     layer, new = jnp.zeros((), jnp.int32), []
     for g, group in enumerate(cfg.groups):
         trees = tuple(params[str(g)][str(p)] for p in range(len(group.pattern)))
-        caches = None if cache is None else cache[g]
+        caches = (None,) * len(trees) if cache is None else cache[g]
+        memories = (None,) * len(trees) if memory is None else memory[g]
         unrolled = isinstance(trees[0], tuple)
-        if caches is not None and isinstance(caches[0].k, tuple) != unrolled:
-            raise ValueError("weights and cache must both be stacked or both be unstacked: see jaxlm.model.unstack and "
+        if any(kv is not None and isinstance(kv.k, tuple) != unrolled for kv in (*caches, *memories)):
+            raise ValueError("weights, cache and memory must both be stacked or both be unstacked: see jaxlm.model.unstack and "
                              "jaxlm.cache.unstack")
         through = _unrolled if unrolled else _scanned
-        (x, kept, layer), fresh = through(group, trees, caches, (x, kept, layer), context, remat)
+        (x, kept, layer), fresh = through(group, trees, caches, memories, (x, kept, layer), context, remat)
         new.append(fresh)
     return x, tuple(new), tuple(kept[tap] for tap in taps)
 
@@ -127,7 +133,10 @@ def apply(params: dict[str, Any], cfg: config.Stack, x: Float[Array, "B T D"], c
 Carry = tuple[Float[Array, "B T D"], dict[int, Float[Array, "B T D"]], Array]
 
 
-def _once(group: config.Group, trees: Sequence[Any], caches: Sequence[KeyValue] | None, carry: Carry, context: Context,
+Places = Sequence[KeyValue | None]  # of a pattern
+
+
+def _once(group: config.Group, trees: Sequence[Any], caches: Places, memories: Places, carry: Carry, context: Context,
           remat: Any) -> tuple[Carry, tuple[KeyValue, ...]]:
     """The group's pattern of blocks, once."""
     x, kept, layer = carry
@@ -136,29 +145,32 @@ def _once(group: config.Group, trees: Sequence[Any], caches: Sequence[KeyValue] 
         run = partial(_block, one)
         if remat is not None:
             run = jax.checkpoint(run, policy=remat)
-        x, kv = run(trees[p], x, context, None if caches is None else caches[p])
+        x, kv = run(trees[p], x, context, caches[p], memories[p])
         layer = layer + 1
         kept = {tap: jnp.where(layer == tap, x, old) for tap, old in kept.items()}
         fresh.append(kv)
     return (x, kept, layer), tuple(fresh)
 
 
-def _block(cfg: config.Block, params: Any, x: Array, context: Context, cached: KeyValue | None) -> tuple[Array, KeyValue]:
-    x, kv = block.apply(params, cfg, x, context, cached)
+def _block(cfg: config.Block, params: Any, x: Array, context: Context, cached: KeyValue | None,
+           memory: KeyValue | None) -> tuple[Array, KeyValue]:
+    x, kv = block.apply(params, cfg, x, context, cached, memory)
     return sharding.constrain(x, sharding.ACTIVATIONS), kv
 
 
-def _unrolled(group: config.Group, trees: Sequence[Any], caches: Sequence[KeyValue] | None, carry: Carry, context: Context,
+def _unrolled(group: config.Group, trees: Sequence[Any], caches: Places, memories: Places, carry: Carry, context: Context,
               remat: Any) -> tuple[Carry, tuple[KeyValue, ...]]:
+    def at(places: Places, repeat: int) -> Places:
+        return tuple(None if kv is None else KeyValue(kv.k[repeat], kv.v[repeat]) for kv in places)
+
     outs = []
     for r in range(group.repeats):
-        mine = None if caches is None else tuple(KeyValue(kv.k[r], kv.v[r]) for kv in caches)
-        carry, fresh = _once(group, [tree[r] for tree in trees], mine, carry, context, remat)
+        carry, fresh = _once(group, [tree[r] for tree in trees], at(caches, r), at(memories, r), carry, context, remat)
         outs.append(fresh)
     return carry, tuple(KeyValue(tuple(kv.k for kv in place), tuple(kv.v for kv in place)) for place in zip(*outs, strict=True))
 
 
-def _scanned(group: config.Group, trees: Sequence[Any], caches: Sequence[KeyValue] | None, carry: Carry, context: Context,
+def _scanned(group: config.Group, trees: Sequence[Any], caches: Places, memories: Places, carry: Carry, context: Context,
              remat: Any) -> tuple[Carry, tuple[KeyValue, ...]]:
     def at(stacked: Any, repeat: Array) -> Any:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, repeat, 0, keepdims=False), stacked)
@@ -173,6 +185,21 @@ def _scanned(group: config.Group, trees: Sequence[Any], caches: Sequence[KeyValu
     def body(carry: Carry, xs: tuple[Any, Array]) -> tuple[Carry, tuple[KeyValue, ...]]:
         scanned, repeat = xs
         mine = scanned if whole else at(tuple(trees), repeat)
-        return _once(group, mine, at(caches, repeat), carry, context, remat)
+        return _once(group, mine, at(caches, repeat), at(memories, repeat), carry, context, remat)
 
     return jax.lax.scan(body, carry, (tuple(trees) if whole else (), jnp.arange(group.repeats)))
+
+
+def remember(params: dict[str, Any], cfg: config.Stack, source: Float[Array, "B S D"], segments: Int[Array, "B S"]) -> Layers:
+    """The keys and values that every layer with cross-attention makes of an encoded source, as `Memory.layers`."""
+    def one(tree: Any, attend: config.Attention) -> KeyValue:
+        def make(weights: Any) -> KeyValue:
+            return attention.remember(weights, attend, source, segments)
+
+        if isinstance(tree, tuple):
+            made = [make(weights["cross_attention"]) for weights in tree]
+            return KeyValue(tuple(kv.k for kv in made), tuple(kv.v for kv in made))
+        return jax.lax.map(make, tree["cross_attention"])
+
+    return tuple(tuple(None if place.cross is None else one(params[str(g)][str(p)], place.cross)
+                       for p, place in enumerate(group.pattern)) for g, group in enumerate(cfg.groups))

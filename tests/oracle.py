@@ -74,6 +74,19 @@ def alibi(cfg, head, query, key):
     return -cfg.slopes[head] * abs(query - key)
 
 
+def bucket(cfg, query, key):
+    """Of a distance: one each up to the exact ones, then as many for each doubling."""
+    count, first, away = cfg.buckets, 0, key - query
+    if cfg.bidirectional:
+        count, first, away = count // 2, count // 2 if away > 0 else 0, abs(away)
+    else:
+        away = max(-away, 0)
+    exact = count // 2
+    if away < exact:
+        return first + away
+    return first + min(exact + int(math.log(away / exact) / math.log(cfg.distance / exact) * (count - exact)), count - 1)
+
+
 def allowed(cfg, query, key, mask):
     """query, key: (index in the row, position, segment); mask [T, T] or None."""
     if query[1] < 0 or key[1] < 0 or query[2] != key[2]:
@@ -85,8 +98,43 @@ def allowed(cfg, query, key, mask):
     return key[1] <= query[1] or not cfg.causal
 
 
-def attention(params, cfg, x, positions, segments=None, mask=None, total=None):
-    """x [B, T, D], positions [B, T], mask [B, T, T], total [B]; tokens at a position of -1 get zeros."""
+def cross(params, cfg, x, segments, source, source_segments):
+    """Attention of x [B, T, D] to a source [B, S, D]: as all of one text, of which only the source is seen."""
+    params = {name: leaf if isinstance(leaf, dict) else np.asarray(leaf, np.float64) for name, leaf in params.items()}
+    out = np.zeros_like(x)
+    for b, t in np.ndindex(x.shape[:2]):
+        mine = 1 if segments is None else segments[b, t]
+        seen = [s for s in range(source.shape[1]) if source_segments[b, s] == mine != 0]
+        if not seen:
+            continue
+        projected = {}
+        for name, y in (("q", x[b, t][None]), ("k", source[b, seen]), ("v", source[b, seen])):
+            y = np.einsum("TD,DNH->TNH", y, params[name]) + (params[f"{name}_bias"] if cfg.bias else 0)
+            if cfg.clip is not None:
+                y = np.clip(y, -cfg.clip, cfg.clip)
+            if cfg.qk_norm is not None and name != "v":
+                y = norm(params[f"{name}_norm"], cfg.qk_norm.norm, y)
+            projected[name] = y
+        if cfg.position is not None:
+            text = [i for i in range(len(x[b])) if segments is None or segments[b, i] == segments[b, t]]
+            for name, place in (("q", [text.index(t)]), ("k", range(len(seen)))):
+                for s, n in np.ndindex(projected[name].shape[:2]):
+                    projected[name][s, n] = rotate(cfg.position, cfg.rotated, projected[name][s, n], place[s], 0)
+        for n in range(cfg.heads):
+            shared = n // (cfg.heads // cfg.kv_heads)
+            scores = projected["k"][:, shared] @ projected["q"][0, n] * (cfg.scale or cfg.head_width**-0.5)
+            if cfg.softcap is not None:
+                scores = cfg.softcap * np.tanh(scores / cfg.softcap)
+            shares = np.exp(scores)
+            shares = shares / (shares.sum() + (math.exp(params["sinks"][n]) if cfg.sinks else 0))
+            out[b, t] += shares @ projected["v"][:, shared] @ params["o"][n]
+        if cfg.out_bias:
+            out[b, t] += params["o_bias"]
+    return out
+
+
+def attention(params, cfg, x, positions, segments=None, mask=None, total=None, table=None):
+    """x [B, T, D], positions [B, T], mask [B, T, T], total [B], a shared bias's table; tokens at a position of -1 get zeros."""
     params = {name: leaf if isinstance(leaf, dict) else np.asarray(leaf, np.float64)
               for name, leaf in params.items()}
     scale = cfg.head_width**-0.5 if cfg.scale is None else cfg.scale
@@ -120,6 +168,9 @@ def attention(params, cfg, x, positions, segments=None, mask=None, total=None):
                         score = cfg.softcap * math.tanh(score / cfg.softcap)
                     if isinstance(cfg.position, config.Alibi):
                         score += alibi(cfg.position, n, query[1], key[1])
+                    if isinstance(cfg.position, config.RelativeBias):
+                        numbers = table if cfg.position.shared else params["relative_bias"]
+                        score += float(numbers[bucket(cfg.position, query[1], key[1]), n])
                     scores.append(math.exp(score))
                 total_score = sum(scores) + (math.exp(params["sinks"][n]) if cfg.sinks else 0.0)
                 for key, score in zip(seen, scores, strict=True):
@@ -141,6 +192,8 @@ def activation(kind, x):
             return np.where(x > 0, x, 0)
         case config.Activation.SQUARED_RELU:
             return np.where(x > 0, x, 0) ** 2
+        case config.Activation.TANH:
+            return np.tanh(x)
 
 
 def feedforward(params, cfg, x):
@@ -155,12 +208,17 @@ def feedforward(params, cfg, x):
     return project("down", activation(cfg.activation, project("up", x)))
 
 
-def block(params, cfg, x, *known):
+def block(params, cfg, x, positions, segments=None, mask=None, total=None, table=None, source=None):
+    known = positions, segments, mask, total, table
+
     def n(name, y):
         return norm(params[name], cfg.residual.norm, y)
 
     def a(y):
         return attention(params["attention"], cfg.attention, y, *known)
+
+    def c(y):
+        return cross(params["cross_attention"], cfg.cross, y, segments, *source)
 
     def f(y):
         return feedforward(params["feedforward"], cfg.feedforward, y)
@@ -168,20 +226,29 @@ def block(params, cfg, x, *known):
     m = cfg.multiplier
     match cfg.residual:
         case config.PreNorm():
-            x = x + m * a(n("attention_norm", x))
+            x = x + m * a(n("attention_norm", x) if cfg.residual.attention else x)
+            if cfg.cross is not None:
+                x = x + m * c(n("cross_attention_norm", x))
             return x + m * f(n("feedforward_norm", x))
         case config.PostNorm():
             x = n("attention_norm_out", x + m * a(x))
+            if cfg.cross is not None:
+                x = n("cross_attention_norm_out", x + m * c(x))
             return n("feedforward_norm_out", x + m * f(x))
         case config.OutputNorm():
             x = x + m * n("attention_norm_out", a(x))
+            if cfg.cross is not None:
+                x = x + m * n("cross_attention_norm_out", c(x))
             return x + m * n("feedforward_norm_out", f(x))
         case config.SandwichNorm():
             x = x + m * n("attention_norm_out", a(n("attention_norm", x)))
+            if cfg.cross is not None:
+                x = x + m * n("cross_attention_norm_out", c(n("cross_attention_norm", x)))
             return x + m * n("feedforward_norm_out", f(n("feedforward_norm", x)))
         case config.ParallelNorm(shared=shared):
             feed = n("attention_norm" if shared else "feedforward_norm", x)
-            return x + m * a(n("attention_norm", x)) + m * f(feed)
+            looked = 0 if cfg.cross is None else c(n("attention_norm" if shared else "cross_attention_norm", x))
+            return x + m * a(n("attention_norm", x)) + m * looked + m * f(feed)
 
 
 def at_repeat(tree, repeat):
@@ -198,14 +265,51 @@ def layers(params, cfg, x, *known):
     return states
 
 
-def embed(params, cfg, tokens, positions):
+def embed(params, cfg, tokens, positions, types=None):
     x = np.asarray(params["tokens"], np.float64)[tokens] * (1.0 if cfg.scale is None else cfg.scale)
-    if cfg.position is not None:
+    if isinstance(cfg.position, config.Learned):
         x = x + np.asarray(params["positions"], np.float64)[np.maximum(positions, 0) + cfg.position.offset]
-    return x if cfg.norm is None else norm(params["norm"], cfg.norm, x)
+    if isinstance(cfg.position, config.Sinusoidal):
+        pairs = x.shape[-1] // 2
+        for (b, t), position in np.ndenumerate(np.maximum(positions, 0) + cfg.position.offset):
+            for pair in range(pairs):
+                angle = position * cfg.position.base ** -(pair / (pairs - 1 if cfg.position.reaching else pairs))
+                x[b, t, pair] += math.sin(angle)
+                x[b, t, pair + pairs] += math.cos(angle)
+    if cfg.types is not None:
+        x = x + np.asarray(params["types"], np.float64)[0 if types is None else types]
+    if cfg.norm is not None:
+        x = norm(params["norm"], cfg.norm, x)
+    if cfg.width is not None:
+        x = x @ np.asarray(params["projection"], np.float64) + np.asarray(params["projection_bias"], np.float64)
+    return x
+
+
+def transform(params, cfg, x):
+    y = x @ np.asarray(params["product"], np.float64) + (np.asarray(params["bias"], np.float64) if cfg.bias else 0)
+    y = activation(cfg.activation, y)
+    return y if cfg.norm is None else norm(params["norm"], cfg.norm, y)
+
+
+def pool(cfg, rows):
+    """One vector of the vectors [T, D] of a text's tokens."""
+    match cfg:
+        case config.Pooling.MEAN:
+            return rows.mean(0)
+        case config.Pooling.FIRST:
+            return rows[0]
+        case config.Pooling.LAST:
+            return rows[-1]
+        case config.Pooling.MAX:
+            return rows.max(0)
+        case config.Pooling.WEIGHTED_MEAN:
+            weights = np.arange(1, len(rows) + 1)
+            return (weights[:, None] * rows).sum(0) / weights.sum()
 
 
 def head(params, table, cfg, x):
+    if cfg.transform is not None:
+        x = transform(params["transform"], cfg.transform, x)
     y = x @ np.asarray(table if cfg.tied else params["out"], np.float64).T
     if cfg.bias:
         y = y + np.asarray(params["bias"], np.float64)
@@ -213,12 +317,55 @@ def head(params, table, cfg, x):
     return y if cfg.softcap is None else cfg.softcap * np.tanh(y / cfg.softcap)
 
 
-def decoder(params, cfg, tokens, positions=None, *known):
-    """(logits [B, T, V], states after 0 to L blocks)."""
-    params, tokens = params["decoder"], np.asarray(tokens)
+def read(params, cfg, x, positions):
+    """What an encoder's head makes of x [B, T, D]."""
+    params = {name: leaf if isinstance(leaf, dict) else np.asarray(leaf, np.float64) for name, leaf in params.items()}
+    rows = x if cfg.pooling is None else np.stack([pool(cfg.pooling, x[b][positions[b] >= 0]) for b in range(len(x))])
+    if isinstance(cfg, config.Classifier) and cfg.transform is not None:
+        rows = transform(params["transform"], cfg.transform, rows)
+    if "out" in params:
+        rows = rows @ params["out"]
+    if cfg.bias:
+        rows = rows + params["bias"]
+    if isinstance(cfg, config.Vector) and cfg.normalize:
+        rows = rows / np.sqrt((rows**2).sum(-1, keepdims=True))
+    return rows
+
+
+def side(params, cfg, tokens, positions=None, segments=None, mask=None, total=None, source=None, types=None):
+    """(what the head gives, what it reads, states after 0 to L blocks) of a decoder or an encoder."""
+    tokens = np.asarray(tokens)
     if positions is None:
         positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    states = layers(params["blocks"], cfg.stack, embed(params["embedding"], cfg.embedding, tokens, positions),
-                    np.asarray(positions), *known)
+    states = layers(params["blocks"], cfg.stack, embed(params["embedding"], cfg.embedding, tokens, positions, types),
+                    np.asarray(positions), segments, mask, total, params.get("relative_bias"), source)
     last = states[-1] if cfg.norm is None else norm(params["norm"], cfg.norm, states[-1])
-    return head(params.get("head"), params["embedding"]["tokens"], cfg.head, last), states
+    if cfg.head is None:
+        return None, last, states
+    if isinstance(cfg.head, config.Head):
+        return head(params.get("head"), params["embedding"]["tokens"], cfg.head, last), last, states
+    return read(params.get("head", {}), cfg.head, last, np.asarray(positions)), last, states
+
+
+def decoder(params, cfg, tokens, *known):
+    """(logits [B, T, V], states after 0 to L blocks)."""
+    logits, _, states = side(params["decoder"], cfg, tokens, *known)
+    return logits, states
+
+
+def encoder_decoder(params, cfg, inputs, tokens, input_segments=None, segments=None):
+    """Logits [B, T, V] of the decoder's tokens; where there are segments, positions begin anew in each."""
+    def count(segments):
+        if segments is None:
+            return None
+        starts = [[max(i for i in range(t + 1) if i == 0 or row[i] != row[i - 1]) for t in range(len(row))] for row in segments]
+        return np.where(segments == 0, -1, np.arange(segments.shape[1]) - np.array(starts))
+
+    tree = params["encoder"]
+    if cfg.shared:
+        tree = tree | {"embedding": tree["embedding"] | {"tokens": params["decoder"]["embedding"]["tokens"]}}
+    _, last, _ = side(tree, cfg.encoder, inputs, count(input_segments), input_segments)
+    if cfg.projection:
+        last = last @ np.asarray(params["projection"]["product"], np.float64) + np.asarray(params["projection"]["bias"])
+    seen = np.ones(np.shape(inputs), int) if input_segments is None else input_segments
+    return side(params["decoder"], cfg.decoder, tokens, count(segments), segments, None, None, (last, seen))[0]

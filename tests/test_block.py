@@ -13,6 +13,7 @@ X = np.random.default_rng(0).normal(size=(2, 4, 16))
 POSITIONS = np.array([[0, 1, 2, 3], [0, 1, -1, -1]], np.int32)
 RESIDUALS = {
     "pre": (PreNorm(RmsNorm()), ["attention_norm", "feedforward_norm"]),
+    "pre, feed-forward alone": (PreNorm(LayerNorm(), attention=False), ["feedforward_norm"]),
     "post": (PostNorm(LayerNorm()), ["attention_norm_out", "feedforward_norm_out"]),
     "output": (OutputNorm(RmsNorm()), ["attention_norm_out", "feedforward_norm_out"]),
     "sandwich": (SandwichNorm(RmsNorm(offset=1.0)),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlm import config, model, params
+from jaxlm.cache import Memory
 from jaxlm.config import (
     Alibi,
     Attention,
@@ -35,10 +36,12 @@ from jaxlm.config import (
 )
 from tests import tiny
 
-CONFIGS = (*tiny.CAUSAL.values(), tiny.BIDIRECTIONAL)
+CONFIGS = (*tiny.CAUSAL.values(), tiny.BIDIRECTIONAL, *tiny.ENCODERS.values(), *tiny.ENCODER_DECODERS.values(),
+           tiny.ENCODER_DECODERS["shared"].decoder)
 
 # What a forward pass does not read, with the place where it is read.
-LIMITS = {("Decoder", "length")}  # the longest text that generation and data programs make
+LIMITS = {("Decoder", "length"), ("Encoder", "length"),  # the longest text that generation and data programs make
+          ("EncoderDecoder", "start")}  # what generation begins with
 
 
 def program(cfg):
@@ -46,8 +49,16 @@ def program(cfg):
     spec = model.spec(cfg)
     weights = {path: (param.shape, param.axes, param.inputs) for path, param in params.paths(spec).items()}
     tokens = jax.ShapeDtypeStruct((2, 7), jnp.int32)
-    return str(weights) + jax.jit(lambda p, t: model.forward(p, cfg, t, logits=True).logits).lower(
-        params.abstract(spec), tokens).as_text()
+
+    def run(weights, tokens):
+        source = model.encode(weights, cfg, tokens) if isinstance(cfg, config.EncoderDecoder) else None
+        crossing = [block.cross for block in cfg.stack.blocks() if block.cross] if isinstance(cfg, Decoder) else None
+        if crossing:
+            source = Memory(jnp.ones((2, 5, crossing[0].source)), None, jnp.ones((2, 5), jnp.int32))
+        out = model.forward(weights, cfg, tokens, memory=source)
+        return out.last if out.logits is None else out.logits
+
+    return str(weights) + jax.jit(run).lower(params.abstract(spec), tokens).as_text()
 
 
 def changed(value):
@@ -62,14 +73,17 @@ def changed(value):
         case float():
             yield from (value * 1.5 + 0.25, value / 2)
         case None:
-            yield from (3, 0.7, Rope(), LinearScaling(2.0), RmsNorm(), config.QkNorm(RmsNorm()), Learned(80))
+            yield from (3, 0.7, Rope(), LinearScaling(2.0), RmsNorm(), config.QkNorm(RmsNorm()), Learned(80),
+                        tiny.cross(12), config.Transform(config.Activation.RELU), Head(False))
         case tuple() if isinstance(value[0], float):
             yield (value[0] * 1.5, *value[1:])
         case tuple():
             yield (*value, value[-1])
         case _:
             yield from (RmsNorm(3e-5), LayerNorm(3e-5), PreNorm(LayerNorm(3e-5)), LinearScaling(3.5), Rope(123.0),
-                        None, Dense(7), Attention(2, 2, 4), Embedding(23), Head(False), stack_of([tiny.block()] * 3))
+                        None, Dense(7), Attention(2, 2, 4), Embedding(23), Head(False), stack_of([tiny.block()] * 3),
+                        stack_of([tiny.block(causal=False)] * 3), tiny.decoder([tiny.block(cross=tiny.cross())]),
+                        tiny.encoder([tiny.block(causal=False)]))
 
 
 def places(cfg):
@@ -150,7 +164,8 @@ def blocks(draw):
     heads = kv_heads * draw(st.integers(1, 4))
     position = draw(st.one_of(
         st.none(), st.builds(Rope, positive, st.sampled_from([4]), st.booleans(), scalings),
-        st.builds(Alibi, st.tuples(*[positive] * heads))))
+        st.builds(Alibi, st.tuples(*[positive] * heads)),
+        st.builds(config.RelativeBias, st.sampled_from([8, 32]), st.integers(33, 999), st.booleans(), st.just(False))))
     maybe = st.none() | positive
     attention = Attention(
         heads, kv_heads, draw(st.sampled_from([4, 8])), position, draw(st.booleans()),
@@ -158,21 +173,25 @@ def blocks(draw):
         draw(st.booleans()), draw(st.none() | st.builds(config.QkNorm, norms, st.booleans())), draw(st.booleans()))
     feedforward = Dense(draw(st.integers(1, 99)), draw(st.sampled_from(config.Activation)), draw(st.booleans()),
                         draw(st.booleans()))
-    one_norm = st.sampled_from([config.PreNorm, config.PostNorm, config.OutputNorm, config.SandwichNorm])
+    one_norm = st.sampled_from([config.PostNorm, config.OutputNorm, config.SandwichNorm])
     residual = st.builds(lambda kind, norm: kind(norm), one_norm, norms) | st.builds(
-        config.ParallelNorm, norms, st.booleans())
-    return Block(attention, feedforward, draw(residual), draw(positive))
+        lambda kind, norm, flag: kind(norm, flag), st.sampled_from([config.PreNorm, config.ParallelNorm]), norms, st.booleans())
+    cross = draw(st.none() | st.integers(1, 99).map(lambda source: Attention(2, 1, 4, None, False, source=source)))
+    return Block(attention, feedforward, draw(residual), draw(positive), cross)
 
 
 decoders = st.builds(
     lambda width, embedding, groups, norm, head, length: Decoder(width, embedding, Stack(groups), norm, head, length),
     st.integers(1, 99),
     st.builds(Embedding, st.integers(1, 99), st.none() | positive,
-              st.none() | st.builds(Learned, st.integers(99, 200), st.integers(0, 3)), st.none() | norms),
+              st.none() | st.builds(Learned, st.integers(99, 200), st.integers(0, 3)) | st.builds(
+                  config.Sinusoidal, st.floats(2, 1e5), st.integers(0, 3), st.booleans()),
+              st.none() | norms, st.none() | st.integers(1, 3)),
     st.lists(st.builds(lambda pattern, repeats: Group(tuple(pattern), repeats),
                        st.lists(blocks(), min_size=1, max_size=2), st.integers(1, 9)),
              min_size=1, max_size=2).map(tuple),
-    st.none() | norms, st.builds(Head, st.booleans(), st.booleans(), positive, st.none() | positive),
+    st.none() | norms, st.builds(Head, st.booleans(), st.booleans(), positive, st.none() | positive,
+                                    st.none() | st.builds(config.Transform, st.sampled_from(config.Activation), norms)),
     st.integers(1, 90))
 
 
@@ -187,7 +206,7 @@ def test_json_round_trip(cfg):
 @pytest.mark.parametrize("cfg", CONFIGS)
 def test_json_names_every_field(cfg):
     data = config.to_dict(cfg)
-    assert data["type"] == "Decoder" and data.keys() == {"type"} | {f.name for f in dataclasses.fields(cfg)}
+    assert data["type"] == type(cfg).__name__ and data.keys() == {"type"} | {f.name for f in dataclasses.fields(cfg)}
     assert config.from_json(config.to_json(cfg)) == cfg
 
 
@@ -256,6 +275,9 @@ REFUSED = {
     "Attention.softcap must be positive, got 0": lambda: tiny.attention(softcap=0.0),
     "Attention.clip must be positive, got -1": lambda: tiny.attention(clip=-1.0),
     "Alibi needs a slope per head: 4 heads, 1 slopes": lambda: tiny.attention(position=Alibi((0.5,))),
+    r"Block.cross needs Attention\(position=None\), or a Rope without scaling":
+        lambda: tiny.block(cross=tiny.cross(position=Rope(scaling=LinearScaling(2.0)))),
+    r"Block.cross needs Attention\(causal=False, window=None\)": lambda: tiny.block(cross=tiny.cross(window=3)),
     "Dense.width must be positive, got 0": lambda: Dense(0),
     "Group.pattern must hold at least one block": lambda: Group((), 1),
     "Group.repeats must be positive, got 0": lambda: Group((tiny.block(),), 0),
@@ -274,7 +296,7 @@ REFUSED = {
     "Dense lacks width": lambda: config.from_dict({"type": "Dense", "gated": True}),
     "Dense.width must be int, got '8'": lambda: config.from_dict({"type": "Dense", "width": "8"}),
     "Dense.width must be int, got True": lambda: config.from_dict({"type": "Dense", "width": True}),
-    "Dense.activation must be one of silu, gelu, gelu_tanh, relu, squared_relu, got 'swish'":
+    "Dense.activation must be one of silu, gelu, gelu_tanh, relu, squared_relu, tanh, got 'swish'":
         lambda: config.from_dict({"type": "Dense", "width": 8, "activation": "swish"}),
     "PreNorm.norm must be RmsNorm or LayerNorm, got {'type': 'Head'":
         lambda: config.from_dict({"type": "PreNorm", "norm": {"type": "Head", "tied": True}}),

@@ -1,3 +1,5 @@
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,8 @@ from flax import nnx
 
 import jaxlm.flax as doors
 from jaxlm import block, cache, model, params
-from jaxlm.config import Embedding, LayerNorm, Learned, QkNorm, RmsNorm
-from jaxlm.layers import attention, embed, feedforward, norm
+from jaxlm.config import Embedding, LayerNorm, Learned, QkNorm, RelativeBias, RmsNorm, Rope
+from jaxlm.layers import attention, embed, feedforward, norm, position
 from jaxlm.layers.mask import describe
 from tests import tiny
 
@@ -47,6 +49,61 @@ def test_decoder_takes_every_argument_and_kind_of_weight():
     same(got, tiny.jit(lambda w: model.forward(w, cfg, TOKENS, **known))(weights), 1e-6)
     with pytest.raises(ValueError, match="hidden layer 9 does not exist"):
         doors.Decoder(cfg).apply({"params": weights}, TOKENS, hidden=(9,))
+
+
+def test_encoders_and_encoder_decoders_have_the_same_tree_and_output():
+    cfg = tiny.ENCODERS["labels"]
+    weights = tiny.weights(model.spec(cfg))
+    assert jax.tree.structure(jax.eval_shape(doors.Encoder(cfg).init, KEY, TOKENS)["params"]) == jax.tree.structure(weights)
+    same(tiny.jit(lambda w: doors.Encoder(cfg).apply({"params": w}, TOKENS))(weights),
+         tiny.jit(lambda w: model.forward(w, cfg, TOKENS))(weights), 1e-6)
+
+    both, inputs = tiny.ENCODER_DECODERS["shared"], tiny.tokens(2, 4, seed=1)
+    weights = tiny.weights(model.spec(both))
+    module = doors.EncoderDecoder(both)
+    assert jax.tree.structure(jax.eval_shape(module.init, KEY, inputs, TOKENS)["params"]) == jax.tree.structure(weights)
+    lengths = jnp.array([4, 2])
+    got = tiny.jit(lambda w: module.apply({"params": w}, inputs, TOKENS, input_lengths=lengths).logits)(weights)
+
+    def want(weights, call):
+        return call(weights, TOKENS, memory=model.encode(weights, both, inputs, lengths=lengths)).logits
+
+    np.testing.assert_allclose(got, tiny.jit(lambda w: want(w, lambda w, *a, **k: model.forward(w, both, *a, **k)))(weights),
+                               atol=1e-6)
+    nnx_module = doors.to_nnx(model.Model(both, weights))
+    same(nnx_module.weights(), weights)
+    np.testing.assert_allclose(got, nnx.jit(lambda m: want(m.weights(), lambda _, *a, **k: m(*a, **k)))(nnx_module), atol=1e-5)
+
+
+def test_a_bias_that_the_stack_holds_is_asked_for():
+    attend = tiny.attention(position=RelativeBias(8, 6))
+    weights = tiny.weights(attention.spec(attend, 16))
+    with pytest.raises(ValueError, match="its layers share: give `bias`"):
+        doors.Attention(attend).apply({"params": weights}, X)
+    table = tiny.weights({"table": position.relative_spec(attend.position, attend.heads)})["table"]
+    out, _ = tiny.jit(lambda w: doors.Attention(attend).apply({"params": w}, X, bias=position.Shared(table)))(weights)
+    alone = dataclasses.replace(attend, position=dataclasses.replace(attend.position, shared=False))
+    want, _ = tiny.jit(lambda w: doors.Attention(alone).apply({"params": w | {"relative_bias": table}}, X))(weights)
+    np.testing.assert_allclose(out, want, atol=1e-6)
+
+
+def test_a_block_turns_the_queries_of_its_cross_attention_too():
+    one = tiny.block(position=None, cross=tiny.attention(position=Rope(50.0), causal=False, source=16))
+    weights = tiny.weights(block.spec(one, 16))
+    source = cache.Memory(X, None, jnp.ones((2, 5), jnp.int32))
+    got, _ = tiny.jit(lambda w: doors.Block(one).apply({"params": w}, X, source=source))(weights)
+    context = describe([one.attention, one.cross], 2, 5).replace(source=source)
+    want, _ = tiny.jit(lambda w: block.apply(w, one, X, context, None))(weights)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    with pytest.raises(ValueError, match="attention to a source is part of a Block"):
+        doors.Attention(one.cross).apply({"params": weights["cross_attention"]}, X)
+
+
+def test_types_of_an_embedding():
+    cfg, types = Embedding(19, types=2), jnp.array([[0, 1, 0, 1, 1]] * 2)
+    weights = tiny.weights(embed.spec(cfg, 16))
+    got = tiny.jit(lambda w: doors.Embedding(cfg, 16).apply({"params": w}, TOKENS, types=types))(weights)
+    np.testing.assert_allclose(got, weights["tokens"][TOKENS] + weights["types"][types], atol=1e-6)
 
 
 def test_parameters_in_another_dtype():

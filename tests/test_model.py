@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxlm import cache, model, params
+from jaxlm.layers import attention
 from tests import oracle, tiny
 
 LENGTHS = np.array([12, 7, 3])
@@ -205,3 +206,175 @@ REFUSED = {
 def test_refuses(message):
     with pytest.raises(ValueError, match=message):
         model.forward(params.abstract(model.spec(CFG)), CFG, **REFUSED[message])
+
+
+@pytest.mark.parametrize("name", tiny.ENCODERS)
+def test_encoders_equal_numpy(name):
+    """Every head, of padded rows."""
+    cfg = tiny.ENCODERS[name]
+    weights, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(3, 12)
+    types = None if cfg.embedding.types is None else np.asarray(tiny.tokens(3, 12, seed=1)) % 2
+    got = tiny.jit(lambda p, t: model.forward(p, cfg, t, lengths=LENGTHS, types=types).logits)(weights, tokens)
+    want, _, _ = oracle.side(weights["encoder"], cfg, tokens, POSITIONS, types=types)
+    valid = POSITIONS >= 0 if want.shape[:2] == POSITIONS.shape else slice(None)
+    np.testing.assert_allclose(np.asarray(got)[valid], want[valid], atol=3e-5)
+
+
+SOURCE_LENGTHS = np.array([9, 5, 2])
+
+
+@pytest.mark.parametrize("name", tiny.ENCODER_DECODERS)
+def test_encoder_decoders_equal_numpy(name):
+    """At once; through a cache that holds the source's keys and values; with unrolled layers."""
+    cfg = tiny.ENCODER_DECODERS[name]
+    weights = tiny.weights(model.spec(cfg))
+    inputs, tokens = tiny.tokens(3, 9) % cfg.encoder.embedding.vocabulary, tiny.tokens(3, 12, seed=1)
+    segments = (np.arange(9)[None] < SOURCE_LENGTHS[:, None]).astype(int)
+    want = oracle.encoder_decoder(weights, cfg, inputs, tokens, segments)
+
+    @tiny.jit
+    def run(weights):
+        source = model.encode(weights, cfg, inputs, lengths=SOURCE_LENGTHS)
+        whole = model.forward(weights, cfg, tokens, memory=source).logits
+        kept = model.remember(weights, cfg, source)
+        first = model.forward(weights, cfg, tokens[:, :7], memory=kept)
+        filled = cache.filled(first.kv, 16, np.full(3, 7, np.int32), kept)
+        second = model.forward(weights, cfg, tokens[:, 7:], cache=filled)
+        unrolled = model.forward(model.unstack(weights, cfg), cfg, tokens[:, 7:], cache=cache.unstack(filled))
+        again = model.remember(model.unstack(weights, cfg), cfg, source)
+        assert jax.tree.structure(again.layers) == jax.tree.structure(cache.unstack(filled).memory.layers)
+        return whole, jnp.concatenate([first.logits, second.logits], axis=1), unrolled.logits
+
+    whole, cached, unrolled = run(weights)
+    np.testing.assert_allclose(whole, want, atol=3e-5)
+    np.testing.assert_allclose(cached, want, atol=3e-5)
+    np.testing.assert_allclose(unrolled, want[:, 7:], atol=3e-5)
+
+
+@pytest.mark.parametrize("name", tiny.ENCODER_DECODERS)
+def test_packed_pairs_are_separate_ones(name):
+    """Each segment sees its own source, also in runs of queries."""
+    cfg = tiny.ENCODER_DECODERS[name]
+    weights = tiny.weights(model.spec(cfg))
+    input_segments = np.array([[1] * 4 + [2] * 3 + [3] * 2 + [0]])
+    segments = np.array([[1] * 2 + [2] * 5 + [3] * 4 + [0]])
+    inputs, tokens = tiny.tokens(1, 10) % cfg.encoder.embedding.vocabulary, tiny.tokens(1, 12, seed=1)
+    want = oracle.encoder_decoder(weights, cfg, inputs, tokens, input_segments, segments)
+
+    def run(weights):
+        source = model.encode(weights, cfg, inputs, segments=input_segments)
+        return model.forward(weights, cfg, tokens, segments=segments, memory=source).logits
+
+    np.testing.assert_allclose(tiny.jit(run)(weights)[:, :11], want[:, :11], atol=3e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "QUERIES", 4)
+        np.testing.assert_allclose(tiny.jit(lambda w: run(w))(weights)[:, :11], want[:, :11], atol=3e-5)
+
+
+def test_the_sides_work_alone():
+    cfg = tiny.ENCODER_DECODERS["shared"]
+    weights, inputs = tiny.weights(model.spec(cfg)), tiny.tokens(2, 6)
+    side, tree = model.encoder(cfg, weights)
+    assert jax.tree.structure(tree) == jax.tree.structure(model.spec(side))
+    alone = tiny.jit(lambda w: model.forward(w, side, inputs).last)(tree)
+    np.testing.assert_allclose(alone, tiny.jit(lambda w: model.encode(w, cfg, inputs).hidden)(weights), atol=1e-6)
+    tokens = tiny.tokens(2, 4)
+    only = {"decoder": weights["decoder"]}
+    source = cache.Memory(alone, None, jnp.ones((2, 6), jnp.int32))
+    np.testing.assert_allclose(tiny.jit(lambda w: model.forward(w, cfg.decoder, tokens, memory=source).logits)(only),
+                               oracle.encoder_decoder(weights, cfg, inputs, tokens), atol=3e-5)
+
+
+def test_a_prefix_of_a_decoder_keeps_its_part_of_the_source():
+    cfg = tiny.ENCODER_DECODERS["sides"]
+    weights, inputs, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(2, 6) % 13, tiny.tokens(2, 4)
+    source = model.encode(weights, cfg, inputs)
+    empty = cache.allocate(cfg.decoder.stack, 2, 8).replace(memory=model.remember(weights, cfg, source))
+    shorter, params_, kept = model.prefix(cfg.decoder, weights, empty, 3)
+    states = tiny.jit(lambda w: model.forward(w, cfg, tokens, memory=source, hidden=(3,)).hidden)(weights)
+    got = tiny.jit(lambda w: model.forward(w, shorter, tokens, cache=kept, hidden=(3,)).hidden)(params_)
+    np.testing.assert_allclose(got[0], states[0], atol=1e-5)
+
+
+def test_places_of_a_source_without_a_token_are_not_seen():
+    cfg = tiny.ENCODER_DECODERS["shared"]
+    weights, inputs, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(3, 9), tiny.tokens(3, 4, seed=1)
+    positions = np.where(np.arange(9)[None] < SOURCE_LENGTHS[:, None], np.arange(9)[None], -1).astype(np.int32)
+
+    @tiny.jit
+    def run(weights):
+        return [model.forward(weights, cfg, tokens, memory=model.encode(weights, cfg, inputs, **given)).logits
+                for given in ({"lengths": SOURCE_LENGTHS}, {"positions": positions})]
+    np.testing.assert_allclose(*run(weights), atol=1e-5)
+
+
+def test_a_segment_without_a_source_adds_nothing():
+    cfg = tiny.ENCODER_DECODERS["shared"]
+    weights, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(1, 4)
+    segments, source = np.array([[1, 1, 2, 2]]), np.array([[1, 1, 1, 0, 0]])
+    inputs = tiny.tokens(1, 5, seed=1)
+
+    @tiny.jit
+    def run(weights, inputs):
+        return model.forward(weights, cfg, tokens, segments=segments,
+                             memory=model.encode(weights, cfg, inputs, segments=source)).logits
+    want = oracle.encoder_decoder(weights, cfg, inputs, tokens, source, segments)
+    np.testing.assert_allclose(run(weights, inputs), want, atol=3e-5)
+
+
+def test_logits_of_some_tokens_of_a_classifier():
+    cfg = tiny.ENCODERS["tokens"]
+    weights, tokens, at = tiny.weights(model.spec(cfg)), tiny.tokens(2, 6), jnp.array([[5, 1], [0, 0]])
+    run = tiny.jit(lambda w, at: model.forward(w, cfg, tokens, at=at).logits)
+    want = np.take_along_axis(np.asarray(run(weights, None)), np.asarray(at)[..., None], 1)
+    np.testing.assert_allclose(run(weights, at), want, atol=1e-6)
+    with pytest.raises(ValueError, match="takes no `at`"):
+        model.forward(tiny.weights(model.spec(tiny.ENCODERS["vector"])), tiny.ENCODERS["vector"], tokens, at=at)
+
+
+def test_more_is_refused_than_there_are_positions_or_types():
+    cfg = tiny.ENCODERS["masked"]
+    weights = tiny.weights(model.spec(cfg))
+    with pytest.raises(ValueError, match="a row has 65 tokens, and there are 64 learned positions"):
+        model.forward(weights, cfg, tiny.tokens(1, 65))
+    with pytest.raises(ValueError, match="type 2 is out of range: 0 to 1"):
+        model.forward(weights, cfg, tiny.tokens(1, 3), types=jnp.array([[0, 1, 2]]))
+
+
+def test_what_is_no_source():
+    cfg = tiny.ENCODER_DECODERS["shared"]
+    weights = tiny.weights(model.spec(cfg))
+    with pytest.raises(ValueError, match="holds keys and values already"):
+        model.remember(weights, cfg, cache.Memory(None, (), jnp.ones((1, 3), jnp.int32)))
+    side, tree = model.encoder(cfg, weights)
+    with pytest.raises(ValueError, match="forward reads the text of a Encoder"):
+        model.encode(tree, side, tiny.tokens(1, 3))
+
+
+@pytest.mark.parametrize(("says", "given"), [
+    ("attends to a source", {}),
+    ("given twice|holds a source already", {"both": True}),
+    ("3 rows, the tokens 2", {"rows": 3}),
+])
+def test_sources_that_are_wrong(says, given):
+    cfg = tiny.ENCODER_DECODERS["shared"]
+    weights, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(2, 4)
+    source = cache.Memory(jnp.zeros((given.get("rows", 2), 5, 16)), None, jnp.ones((given.get("rows", 2), 5), jnp.int32))
+    arguments = {"memory": source} if given else {}
+    if "both" in given:
+        arguments["cache"] = cache.allocate(cfg.decoder.stack, 2, 8).replace(memory=source)
+    with pytest.raises(ValueError, match=says):
+        model.forward(weights, cfg, tokens, **arguments)
+
+
+def test_what_encoders_do_not_take():
+    cfg = tiny.ENCODERS["vector"]
+    weights, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(2, 4)
+    with pytest.raises(ValueError, match="no use for a cache"):
+        model.forward(weights, cfg, tokens, cache=cache.allocate(cfg.stack, 2, 8))
+    with pytest.raises(ValueError, match="rows of several segments"):
+        model.forward(weights, cfg, tokens, segments=jnp.ones((2, 4), jnp.int32))
+    with pytest.raises(ValueError, match="no types"):
+        model.forward(weights, cfg, tokens, types=jnp.zeros((2, 4), jnp.int32))
+    with pytest.raises(ValueError, match="leave out `memory`"):
+        model.forward(weights, cfg, tokens, memory=cache.Memory(jnp.zeros((2, 5, 16)), None, jnp.ones((2, 5), jnp.int32)))

@@ -10,13 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import config, objectives, params, sharding
+from jaxlm import config, model, objectives, params, sharding
 from jaxlm.data.source import JsonLines
 from jaxlm.data.stream import Batches, Phase
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokenizer_train import save, train
-from jaxlm.objectives import AsPrefix, AsText, CausalLM, FillInTheMiddle, MaskedLM, PrefixLM, SpanCorruption
+from jaxlm.objectives import (
+    AsPrefix,
+    AsText,
+    CausalLM,
+    FillInTheMiddle,
+    IdentifierTagging,
+    MaskedLM,
+    PrefixLM,
+    SpanCorruption,
+    cross_entropy,
+)
 from jaxlm.recipe import Program, Recipe, Run, identity
+from jaxlm.training.checkpoint import Checkpoints, read_weights
 from jaxlm.training.optimizer import Adafactor, AdamW, Lion, Muon, Optimizer
 from jaxlm.training.schedule import Constant, Cosine
 from tests import tiny
@@ -117,6 +128,25 @@ def test_optimizers_on_a_mesh(files, kind):
 
 
 END, PREFIX, SUFFIX, MIDDLE, *SENTINELS = range(16)
+SPANS = SpanCorruption(tuple(SENTINELS), mean=4.0, end=END)
+EMBEDDING = config.Embedding(VOCABULARY + 20)
+BIAS = config.RelativeBias(8, 20, True)
+PAIRED = config.EncoderDecoder(
+    tiny.encoder([tiny.block(position=BIAS, causal=False)] * 2, embedding=EMBEDDING),
+    tiny.decoder([tiny.block(position=config.RelativeBias(8, 20), cross=tiny.cross())] * 2, embedding=EMBEDDING), (END,))
+HIDDEN = tiny.encoder([tiny.block(position=BIAS, causal=False)] * 2, config.Head(True, transform=config.Transform(
+    config.Activation.GELU, config.LayerNorm())), embedding=EMBEDDING)
+
+
+@pytest.mark.parametrize("fields", [
+    {"model": PAIRED, "objective": SPANS, "inputs": 48},
+    {"model": HIDDEN, "objective": MaskedLM(PREFIX, VOCABULARY, rate=0.3)}], ids=["pairs", "hidden"])
+def test_encoder_decoders_and_encoders_learn_on_any_mesh_and_in_pieces(files, fields):
+    want, *_ = losses(Run(recipe(files, mesh=(), **fields), jax.devices()[:1]), 12)
+    assert want[-1] < 0.8 * want[0]
+    mesh = (("fsdp", 2), ("model", 2))
+    found, *_ = losses(Run(recipe(files, mesh=mesh, pieces=2, **fields), jax.devices()[:4]), 3)
+    np.testing.assert_allclose(found, want[:3], rtol=1e-5)
 
 
 @pytest.mark.parametrize("objective", [
@@ -240,6 +270,94 @@ def test_data_is_looked_at_first(files, field):
             Run(recipe(files, tokenizer="nowhere", **{field: (phase,) if field == "phases" else phase}))
 
 
+def test_pairs_are_evaluated_by_the_bytes_of_their_targets(files):
+    one = recipe(files, model=PAIRED, objective=objectives.Schedule(((PrefixLM(), 1), (SPANS, None))), inputs=48, mesh=())
+    assert one.objectives[-1] is SPANS and one.about()["inputs"] == 48 and "inputs" not in recipe(files).about()
+    run = Run(one, jax.devices()[:1])
+    with jax.set_mesh(run.mesh):
+        found = run.evaluation()(run.begin().params)
+    told = dataclasses.replace(SPANS, edges=(END,))
+    plan = dataclasses.replace(run.plan, phases=(run.held_out,), seed=1, objective=lambda step: told)
+    with Batches(plan, ahead=0) as batches:
+        batch = [next(batches) for _ in range(2)]
+    asked = np.concatenate([one["targets"][one["weights"] > 0] for one in batch])
+    size = sum(len(run.tokenizer.token_bytes()[token]) for token in asked)
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] * len(asked) / size / math.log(2), rel=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrasted(objectives.Objective):
+    """A loss of its own, with a weight that only it has and an average of a table that it hands on."""
+
+    makes = "encoder"
+    prefixes = True
+    keep: float = 0.9
+
+    def example(self, tokens, random):
+        return MaskedLM(PREFIX, VOCABULARY, rate=0.3).example(tokens, random)
+
+    def extra(self, cfg):
+        return {"head": params.Param((cfg.embedding.vocabulary, cfg.width), ("vocab", "embed"), inputs=(1,))}
+
+    def carry(self, cfg):
+        table = params.Param((cfg.embedding.vocabulary, cfg.width), ("vocab", "embed"), params.normal(0.02))
+        count = params.Param((), (), lambda param, key, dtype: jnp.zeros((), jnp.int32))
+        return {"encoder": {"embedding": {"tokens": table}}, "count": count}
+
+    def loss(self, weights, cfg, batch, key, carry, *, dtype=None, remat=None, **_):
+        weights = model.cast(weights, cfg, dtype)
+        last = model.forward(weights, cfg, batch["tokens"], segments=batch["segments"], logits=False, remat=remat).last
+        old = carry["encoder"]["embedding"]["tokens"]
+        found = cross_entropy(lambda head, x: jnp.einsum("BTD,VD->BTV", x, head + 0.1 * old), weights["extra"]["head"],
+                              last, batch["targets"], batch["weights"])
+        new = self.keep * old + (1 - self.keep) * weights["encoder"]["embedding"]["tokens"]
+        return found, {"encoder": {"embedding": {"tokens": new}}, "count": carry["count"] + 1}
+
+
+BARE = dataclasses.replace(HIDDEN, head=None)
+
+
+def test_an_objective_with_a_loss_of_its_own(files, tmp_path):
+    """Its weights are trained, what it hands on begins as the weights, is split as they are, kept, and evaluated with."""
+    run = Run(recipe(files, model=BARE, objective=Contrasted(), mesh=(("fsdp", 2),)), jax.devices()[:2])
+    begun = run.begin()
+    first, carried = (jax.tree.map(np.asarray, tree) for tree in (begun.params, begun.carry))
+    np.testing.assert_array_equal(carried["encoder"]["embedding"]["tokens"], first["encoder"]["embedding"]["tokens"])
+    found, state, rows = losses(run, 6, begun)
+    assert found[-1] < found[0] and np.abs(state.params["extra"]["head"] - first["extra"]["head"]).max() > 1e-3
+    table = state.carry["encoder"]["embedding"]["tokens"]
+    assert table.sharding.is_equivalent_to(state.params["encoder"]["embedding"]["tokens"].sharding, 2)
+    assert state.carry["count"] == 6
+    evaluate = run.evaluation()
+    with jax.set_mesh(run.mesh):
+        now, before = evaluate(state.params, state.carry), evaluate(state.params, carried)
+    assert set(now) == {"loss", "accuracy"} and now["loss"] != before["loss"] and state.carry["count"] == 6
+    with Checkpoints(tmp_path, run.about()) as kept:
+        kept.save(6, state, rows)
+        again = kept.restore(run.abstract(), run.abstract_rows())
+    np.testing.assert_array_equal(again.state.carry["encoder"]["embedding"]["tokens"], table)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    _, _, weights = read_weights(tmp_path, lambda about: params.abstract(
+        model.spec(BARE), shardings=jax.tree.map(lambda _: place, model.spec(BARE))))
+    assert set(weights) == {"encoder"}
+
+
+def test_one_loss_for_all(files):
+    ours, other = Contrasted(), Contrasted(0.5)
+    masked = MaskedLM(PREFIX, VOCABULARY)
+    for one in (masked, other):
+        for make, given in ((objectives.Mixture, ((ours, one), (1, 1))), (objectives.Schedule, (((ours, 1), (one, 1)),))):
+            with pytest.raises(ValueError, match="objectives of one model share one loss: Contrasted has that of Contrasted"):
+                make(*given)
+    mixed = objectives.Mixture((Contrasted(), objectives.Mode(SUFFIX, ours)), (1, 1))
+    assert recipe(files, model=BARE, objective=mixed).own == ours and mixed.own == ours and masked.own is None
+    assert recipe(files, model=HIDDEN, objective=mixed, evaluation=masked).objectives[-1] is masked
+    with pytest.raises(ValueError, match="evaluations have the loss of what is learned or the common one"):
+        recipe(files, model=HIDDEN, objective=masked, evaluation=ours)
+    with pytest.raises(ValueError, match="ask for tokens or for labels, all of them for as many, these for tokens, 2"):
+        objectives.Mixture((masked, IdentifierTagging()), (1, 1))
+
+
 def test_an_average_follows(files):
     run = Run(recipe(files, mesh=(), average=0.9), jax.devices()[:1])
     before = jax.tree.map(np.asarray, run.begin().params)
@@ -268,6 +386,17 @@ def test_what_training_costs(files):
     assert scores[True, 32] == scores[True, 40] == scores[True, None] == 16 and scores[False, None] == 32
 
 
+def test_what_training_on_pairs_costs(files):
+    """Keys and values of the cross-attention are made of the inputs, all else of the decoder's of the targets."""
+    run = Program(recipe(files, model=PAIRED, objective=SPANS, inputs=48, mesh=()), jax.devices()[:1])
+    attention, feedforward = 16 * 32 + 2 * 16 * 16 + 32 * 16, 3 * 16 * 24
+    read = 48 * 2 * (attention + feedforward + 2 * 32 * 48)
+    asked = 32 * 2 * (attention + feedforward + 2 * 32 * 32 / 2 + 2 * 16 * 32 + 2 * 32 * 48) + 32 * (VOCABULARY + 20) * 16
+    crossed = 48 * 2 * 2 * 16 * 16
+    assert run.recipe.tokens == 8 * 80
+    assert run.flops_per_token * 80 == pytest.approx(6 * (read + asked + crossed))
+
+
 @pytest.mark.parametrize(("fields", "says"), [
     ({"rows": 12, "mesh": (("data", 8),)}, "12 rows does not divide over 8 devices .* multiple of 8"),
     ({"rows": 16, "pieces": 4, "mesh": (("data", 8),)}, "over 8 devices .* and 4 pieces: it needs a multiple of 32"),
@@ -286,6 +415,9 @@ def test_what_does_not_fit_together(files, fields, says):
     ({"rows": 8, "pieces": 3}, "8 rows cannot be taken in 3 pieces"),
     ({"mesh": (("data", 1), ("data", 7))}, "names an axis twice: data=1 data=7"),
     ({"remat": "some"}, "remat is one of none, full, products"),
+    ({"model": PAIRED, "objective": SPANS, "inputs": 65}, "65 tokens are longer than the model's context of 64"),
+    ({"model": PAIRED, "objective": SPANS}, "SpanCorruption makes pairs: Recipe.inputs says how many .* got None"),
+    ({"inputs": 32}, "CausalLM makes texts, which have no inputs: leave out Recipe.inputs, got 32"),
     ({"average": 1.0}, "between 0 and 1"), ({"objective": PrefixLM()}, r"AsText\(PrefixLM\(\.\.\.\)\)"),
     ({"objective": MaskedLM(1, 300)}, r"Attention\(causal=False\)"),
     ({"objective": CausalLM(), "model": tiny.decoder([tiny.block(causal=False)])}, "attention that sees it"),

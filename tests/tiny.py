@@ -14,10 +14,13 @@ from jaxlm.config import (
     Alibi,
     Attention,
     Block,
+    Classifier,
     Decoder,
     Dense,
     DynamicNtkScaling,
     Embedding,
+    Encoder,
+    EncoderDecoder,
     Group,
     Head,
     LayerNorm,
@@ -27,13 +30,18 @@ from jaxlm.config import (
     LongRopeScaling,
     OutputNorm,
     ParallelNorm,
+    Pooling,
     PostNorm,
     PreNorm,
     QkNorm,
+    RelativeBias,
     RmsNorm,
     Rope,
     SandwichNorm,
+    Sinusoidal,
     Stack,
+    Transform,
+    Vector,
     YarnScaling,
     stack_of,
 )
@@ -51,9 +59,13 @@ def attention(heads=4, kv_heads=2, head_width=8, **fields):
     return Attention(heads, kv_heads, head_width, **fields)
 
 
-def block(residual=None, feedforward=None, multiplier=1.0, **fields):
+def block(residual=None, feedforward=None, multiplier=1.0, cross=None, **fields):
     """A block with `fields` of its attention."""
-    return Block(attention(**fields), feedforward or Dense(24), residual or PreNorm(RmsNorm()), multiplier)
+    return Block(attention(**fields), feedforward or Dense(24), residual or PreNorm(RmsNorm()), multiplier, cross)
+
+
+def cross(source=WIDTH, **fields):
+    return attention(**{"position": None, "causal": False, "source": source} | fields)
 
 
 def decoder(blocks, norm=NORM, head=HEAD, embedding=EMBEDDING, length=64):
@@ -129,3 +141,39 @@ CAUSAL = {"local": LOCAL, "alibi": ALIBI, "learned": LEARNED, "scalings": SCALIN
 # Encoders have no cache.
 BIDIRECTIONAL = decoder([block(causal=False, window=window, position=position)
                          for window, position in ((None, Rope()), (3, Alibi((0.5, 0.25, 0.125, 0.0625))))])
+
+
+def encoder(blocks, head=None, norm=NORM, embedding=EMBEDDING, width=WIDTH):
+    return Encoder(width, embedding, stack_of(blocks), norm, head, 64)
+
+
+# BERT's embedding and head, at two widths; T5's bias, shared and in every layer; sines; every head.
+ENCODERS = {
+    "masked": encoder([block(PostNorm(LayerNorm()), Dense(24, Activation.GELU, False, True), position=None, causal=False,
+                             bias=True, out_bias=True)] * 2,
+                      Head(True, True, transform=Transform(Activation.GELU, LayerNorm())), None,
+                      Embedding(VOCABULARY, position=Learned(66, 2), norm=LayerNorm(), types=2, width=12)),
+    "labels": encoder([block(position=RelativeBias(8, 6, True), causal=False)] * 2,
+                      Classifier(3, Pooling.MEAN, Transform(Activation.GELU, RmsNorm(), bias=False)),
+                      embedding=Embedding(VOCABULARY, position=Sinusoidal(50.0, 3))),
+    "tokens": encoder([block(position=RelativeBias(8, 6, True, shared=False), causal=False)] * 2,
+                      Classifier(2, None, bias=False), embedding=Embedding(VOCABULARY, position=Sinusoidal(reaching=True))),
+    "vector": encoder([block(causal=False)], Vector(Pooling.WEIGHTED_MEAN, True, 5, True)),
+}
+
+# As T5; and sides that differ in everything, where one block of the decoder does not look at the source.
+ENCODER_DECODERS = {
+    "shared": EncoderDecoder(
+        encoder([block(position=RelativeBias(8, 6, True), causal=False, scale=1.0)] * 2),
+        decoder([block(position=RelativeBias(8, 6), scale=1.0, cross=cross(scale=1.0))] * 2,
+                head=Head(tied=True, scale=0.25)), (0,)),
+    "sides": EncoderDecoder(
+        encoder([block(PostNorm(LayerNorm()), position=None, causal=False)], None, None,
+                Embedding(13, position=Learned(66, 2)), width=12),
+        decoder([block(PostNorm(LayerNorm()), cross=cross(20, kv_heads=4, bias=True, out_bias=True, softcap=3.0)),
+                 block(PostNorm(LayerNorm())),
+                 block(SandwichNorm(RmsNorm()), cross=cross(20, qk_norm=QkNorm(RmsNorm()), clip=1.0), multiplier=0.7),
+                 block(OutputNorm(RmsNorm()), position=RelativeBias(8, 6, shared=False), cross=cross(20, sinks=True)),
+                 block(ParallelNorm(LayerNorm(), True), cross=cross(20, position=Rope(50.0, 4, True)))],
+                head=Head(tied=False)), (3, 1), shared=False, projection=True),
+}

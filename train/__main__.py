@@ -54,7 +54,9 @@ class Arguments:
     rows: int | None = None
     """Sequences of a batch, over all devices."""
     length: int | None = None
-    """Tokens of a sequence."""
+    """Tokens of a sequence; of pairs, of its targets."""
+    inputs: int | None = None
+    """Of pairs, tokens of a sequence's inputs."""
     pieces: int | None = None
     """Parts of a batch that are taken one after another: less memory, the same result."""
     seed: int | None = None
@@ -130,7 +132,7 @@ def read_mesh(axes: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 
 def changed(recipe: Recipe, arguments: Any) -> Recipe:
     """The recipe with what the command line says otherwise, as far as a program's arguments name it."""
-    names = ("steps", "rows", "length", "pieces", "seed", "dtype", "remat", "checkpoint_every", "evaluate_every")
+    names = ("steps", "rows", "length", "inputs", "pieces", "seed", "dtype", "remat", "checkpoint_every", "evaluate_every")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
     if arguments.mesh:
         given["mesh"] = read_mesh(arguments.mesh)

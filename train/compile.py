@@ -40,7 +40,9 @@ class Arguments:
     rows: int | None = None
     """Sequences of a batch, over all chips."""
     length: int | None = None
-    """Tokens of a sequence."""
+    """Tokens of a sequence; of pairs, of its targets."""
+    inputs: int | None = None
+    """Of pairs, tokens of a sequence's inputs."""
     pieces: int | None = None
     """Parts of a batch that are taken one after another."""
     remat: Literal["none", "full", "products"] | None = None
@@ -57,14 +59,15 @@ def facts(recipe: Recipe, topology: str, count: int = 1) -> dict[str, Any]:
     with jax.set_mesh(program.mesh):
         state, batch = program.abstract(), program.abstract_batch()
         built = slices.build(program.step().lower(state, batch))
-    chips, tokens = program.mesh.size, recipe.rows * recipe.length
+    chips = program.mesh.size
     usable = slices.usable_bytes(program.mesh)
-    wanted = program.flops_per_token * tokens / chips
+    wanted = program.flops_per_token * recipe.tokens / chips
     found = {
         "topology": topology, "slices": count, "device": program.mesh.devices.flat[0].device_kind, "chips": chips,
         "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
-        "parameters": params.count(program.spec), "rows": recipe.rows, "length": recipe.length, "pieces": recipe.pieces,
-        "remat": recipe.remat, "fits": built.compiled is not None, "needed_bytes": built.needed, "usable_bytes": usable,
+        "parameters": params.count(program.spec), "rows": recipe.rows, "length": recipe.length, "inputs": recipe.inputs,
+        "pieces": recipe.pieces, "remat": recipe.remat, "fits": built.compiled is not None, "needed_bytes": built.needed,
+        "usable_bytes": usable,
         "weight_bytes": _bytes(state.params), "moment_bytes": _bytes(state.moments), "batch_bytes": _bytes(batch),
         "temporary_bytes": built.temporary, "model_flops": wanted, "host_callbacks": built.host_transfers,
         "compile_s": built.seconds, "jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"),
@@ -125,7 +128,8 @@ def show(found: dict[str, Any], console: Any) -> None:
     table = Table("", "per chip")
     mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items()) or "one chip"
     table.add_row("slice", f"{found['slices']} of {found['topology']}, {found['chips']} x {found['device']}; {mesh}")
-    table.add_row("batch", f"{found['rows']} rows of {found['length']} tokens over all chips, in {found['pieces']} piece(s)")
+    sides = f"{found['length']}" if found["inputs"] is None else f"{found['inputs']} and {found['length']}"
+    table.add_row("batch", f"{found['rows']} rows of {sides} tokens over all chips, in {found['pieces']} piece(s)")
     table.add_row("weights", f"{found['parameters']:,} in all; {_gib(found['weight_bytes'])}, moments "
                              f"{_gib(found['moment_bytes'])}")
     table.add_row("needed", f"{_gib(found['needed_bytes'])} of {_gib(found['usable_bytes'])}: "

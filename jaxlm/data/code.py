@@ -18,6 +18,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from jaxlm.data.identifiers import functions
 from jaxlm.data.source import Source, Tfds, home
 
 SHARES = {"validation": 0.03, "test": 0.03}  # of the files; the rest is for training
@@ -147,3 +148,26 @@ class Code(Source):
                     if not builder.is_prepared():  # by another process, meanwhile
                         raise
         return Tfds(f"source_code/{name}:{SourceCode.VERSION}", self.split, "text", directory).open()
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions(Source):
+    """A document per Python function with a docstring, see `jaxlm.data.identifiers.functions`; the same text comes once.
+
+    Attributes:
+      source: of Python files. They are all read when it is opened (the standard library's in a few seconds), and the functions
+        are kept in memory.
+    """
+
+    source: Source = Code()
+
+    def open(self) -> Sequence[str]:
+        """In the order of the files.
+
+        Raises:
+          ValueError: where there are none.
+        """
+        found = list(dict.fromkeys(one.text for document in self.source.open() for one in functions(document)))
+        if not found:
+            raise ValueError(f"{self.source} has no Python functions with docstrings")
+        return found

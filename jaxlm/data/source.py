@@ -96,6 +96,64 @@ class _Files(Sequence[str]):
         return self.paths[index].read_text(encoding="utf-8", errors="replace")
 
 
+def _lines(path: pathlib.Path) -> list[str]:
+    # Not splitlines, which cuts at a dozen other characters too.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines(Source):
+    """A document per line of text.
+
+    Attributes:
+      paths: shell-style patterns; all lines are kept in memory.
+      start, stop: the lines taken, as of a list.
+    """
+
+    paths: str | tuple[str, ...]
+    start: int | None = None
+    stop: int | None = None
+
+    def open(self) -> Sequence[str]:
+        """Without the spaces around them; blank ones are left out."""
+        lines = [line for path in _found(self.paths) for line in _lines(path)][self.start:self.stop]
+        return _some([line.strip() for line in lines if line.strip()], f"{self.paths}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelLines(Source):
+    """Line i of one file and line i of another as a document: a sentence and its translation, a program and its repair.
+
+    Attributes:
+      sources, targets: shell-style patterns of files with as many lines, kept in memory.
+      between: what stands between the two; nothing that occurs in them. See `jaxlm.objectives.SourceTarget`. A tokenizer of
+        their own is trained on `Lines`: it then has no longer tokens with this in them.
+      start, stop: the lines taken, as of a list.
+    """
+
+    sources: str
+    targets: str
+    between: str = "\x1e"
+    start: int | None = None
+    stop: int | None = None
+
+    def open(self) -> Sequence[str]:
+        """
+        Raises:
+          ValueError: for files of different lengths, or a line that holds what stands between; names it.
+        """
+        sides = [[line for path in _found(paths) for line in _lines(path)] for paths in (self.sources, self.targets)]
+        if len(sides[0]) != len(sides[1]):
+            raise ValueError(f"{self.sources} has {len(sides[0])} lines and {self.targets} {len(sides[1])}: they need as many")
+        for path, side in zip((self.sources, self.targets), sides, strict=True):
+            wrong = next((number for number, line in enumerate(side, 1) if self.between in line), None)
+            if wrong is not None:
+                raise ValueError(f"line {wrong} of {path} holds {self.between!r}, which is to stand between source and target")
+        pairs = [f"{source.strip()}{self.between}{target.strip()}" for source, target in zip(*sides, strict=True)]
+        return _some(pairs[self.start:self.stop], f"lines {self.start or 0} to {self.stop or 'the end'} of {self.sources}")
+
+
 @dataclasses.dataclass(frozen=True)
 class JsonLines(Source):
     """A document per line of JSON.

@@ -254,7 +254,12 @@ class _Filler:
         """The example of as much of a document as fits, and how much that is; none where nothing does."""
         taken = min(len(rest), sum(rooms) + 1)
         while True:
-            example = objective.example(rest[:taken], np.random.default_rng((self.plan.seed, *piece)))
+            try:
+                example = objective.example(rest[:taken], np.random.default_rng((self.plan.seed, *piece)))
+            except ValueError:
+                if taken == len(rest) or tuple(rooms) == self.plan.lengths:
+                    raise
+                return None, 0  # cut, it is of no use: it may fit whole into the next row
             sizes = [len(next(iter(arrays.values()))) for arrays in _arrays(example, 0)]
             over = max(size - room for size, room in zip(sizes, rooms, strict=True))
             if over <= 0:

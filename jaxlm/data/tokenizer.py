@@ -1,8 +1,8 @@
 """`Tokenizer`: text to ids and back, from a Hugging Face directory or a GGUF file's metadata.
 
-One `tokenizers.Tokenizer` does the encoding, whatever the files were; `tokenizer_gguf` builds it where there is
-no tokenizer.json. Decoding is done here, because three things must agree: the bytes of a token that stop strings
-are matched against, the text of a whole answer, and the text that is streamed. So each id has its bytes, and
+One `tokenizers.Tokenizer` does the encoding, whatever the files were; `tokenizer_gguf` and `tokenizer_families` build
+it where there is no tokenizer.json. Decoding is done here, because three things must agree: the bytes of a token that
+stop strings are matched against, the text of a whole answer, and the text that is streamed. So each id has its bytes, and
 text is those bytes joined and read as UTF-8. That is transformers' text, but for malformed bytes: they become
 U+FFFD as Unicode recommends, where byte tokens of a sentencepiece would spoil the well-formed ones beside them.
 
@@ -10,6 +10,7 @@ Nothing here imports jax. A `Tokenizer` never changes, so threads may share it; 
 """
 
 import codecs
+import dataclasses
 import datetime
 import functools
 import json
@@ -24,16 +25,26 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken
 
-from jaxlm.data import tokenizer_gguf
+from jaxlm.data import tokenizer_families, tokenizer_gguf
+from jaxlm.data.tokenizer_families import Pieces
 
 NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
-_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
+_STRIPS = ("single_word", "lstrip", "rstrip")  # what an added token can do to the text beside it
+_FAIRSEQ_FILE = "sentencepiece.bpe.model"
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", _FAIRSEQ_FILE)
 # transformers' classes whose ids are the sentencepiece model's own; the first group puts BOS before a text.
 _LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "BaichuanTokenizer", "InternLM2Tokenizer")
 _T5_CLASSES = ("T5Tokenizer", "MT5Tokenizer", "UMT5Tokenizer")
 _T5_MODELS = ("t5", "mt5", "umt5", "longt5")
+_FAIRSEQ_CLASSES = ("MBartTokenizer", "MBart50Tokenizer", "NllbTokenizer", "XLMRobertaTokenizer")
 _BYTE_LEVEL_CLASSES = {"GPT2Tokenizer": "gpt-2", "CodeGenTokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
+_ROBERTA_CLASSES = ("RobertaTokenizer", "BartTokenizer", "LEDTokenizer", "LongformerTokenizer", "MvpTokenizer")
+_ROBERTA_MODELS = ("roberta", "bart", "led", "longformer", "mvp")
+# Classes that put a language's code around a text: (the code without src_lang, whether it stands behind the text).
+_LANGUAGE_CLASSES = {
+    "MBartTokenizer": ("en_XX", True), "MBart50Tokenizer": ("en_XX", False), "NllbTokenizer": ("eng_Latn", False),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,6 +57,9 @@ class Tokenizer:
       ids: the same names to ids; also where only the model's configuration gives an id.
       eos_ids: every id that ends a generation, `eos_id` first.
       templates: chat templates by name.
+      pieces: what cuts a text for the backend to look up; None where the backend does that itself.
+      target: encodes what the decoder is to write, where source and target are cut differently (Marian); None where this
+        one does both. `decode`, `stream` and `token_bytes` are the target's.
 
     Example:
       >>> tokenizer = Tokenizer.from_gguf({
@@ -61,14 +75,19 @@ class Tokenizer:
     ids: Mapping[str, int] = field(default_factory=dict)
     eos_ids: tuple[int, ...] = ()
     templates: Mapping[str, str] = field(default_factory=dict)
+    pieces: Pieces | None = None
+    target: "Tokenizer | None" = None
 
     @classmethod
     def from_directory(cls, path: str | pathlib.Path) -> "Tokenizer":
         """The tokenizer of a Hugging Face directory.
 
-        tokenizer.json is taken as it stands; without it, a sentencepiece model (which needs the package protobuf)
-        or GPT-2's vocab.json with merges.txt. `add_bos_token` and `add_eos_token` of tokenizer_config.json, where
-        given, replace what the file puts around a text, as in transformers 5.
+        tokenizer.json is taken as it stands; without it, a sentencepiece model (which needs the package protobuf),
+        GPT-2's or RoBERTa's vocab.json with merges.txt, BERT's vocab.txt, or nothing for a ByT5Tokenizer. Marian's
+        source.spm, target.spm and vocab.json come first; what Moses' punctuation normaliser would change in a text,
+        where transformers finds the package sacremoses, stays. `add_bos_token` and `add_eos_token` of
+        tokenizer_config.json, where given, replace what the file puts around a text, as in transformers 5; so do the
+        rules of classes with languages.
 
         Raises:
           ValueError: if there is none of these files, or one cannot be read; names the directory or the file.
@@ -76,10 +95,14 @@ class Tokenizer:
         directory = pathlib.Path(path)
         config = _read_json(directory / "tokenizer_config.json")
         model_config = _read_json(directory / "config.json")
-        backend, names, around = _read_backend(directory, config, model_config)
-        names |= _names(config, _read_json(directory / "special_tokens_map.json"))
+        special = _read_json(directory / "special_tokens_map.json")
+        if (directory / "vocab.json").is_file() and any((directory / n).is_file() for n in ("source.spm", _FAIRSEQ_FILE)):
+            return _read_pieces(cls, directory, {**special, **config}, model_config)
+        merged = {**special, **config}
+        backend, names, around = _read_backend(directory, merged, model_config)
+        names |= _names(config, special)
         _add_tokens(backend, _added_tokens(directory, config), directory)
-        _mark_special(backend, [*names.values(), *_extra_special(config)])
+        _mark_special(backend, [*names.values(), *_extra_special(merged)], _flags(special, config))
         given = {key: config[key] for key in ("add_bos_token", "add_eos_token") if config.get(key) is not None}
         if around is not None or given:
             put = {**(around or {}), **given}
@@ -88,6 +111,10 @@ class Tokenizer:
                 bos=names.get("bos_token") if put.get("add_bos_token") else None,
                 eos=names.get("eos_token") if put.get("add_eos_token") else None,
             )
+        if (name := _class(config)) in _LANGUAGE_CLASSES:
+            code, behind = _LANGUAGE_CLASSES[name]
+            code, behind = config.get("src_lang") or code, behind or config.get("legacy_behaviour", False)
+            tokenizer_families.put_language(backend, code, names.get("eos_token", "</s>"), behind=behind)
         ids, eos_ids = _ids(backend, names, _read_json(directory / "generation_config.json"), model_config)
         return cls(backend, names, ids, eos_ids, _read_templates(directory, config))
 
@@ -97,11 +124,14 @@ class Tokenizer:
 
         Args:
           fields: metadata key to Python value. Of `tokenizer.ggml.model`, "gpt2" (byte-level BPE), "llama"
-            (sentencepiece BPE) and "gemma4" are known.
+            (sentencepiece BPE), "gemma4" and "bert" (WordPiece) are known.
 
         Raises:
           ValueError: if a key is missing, or its value is unknown or does not fit the others; names the key.
         """
+        if fields.get("tokenizer.ggml.model") == "bert":
+            backend, names = tokenizer_families.word_piece_from_gguf(fields)
+            return cls(backend, names, {name: backend.token_to_id(token) for name, token in names.items()})
         backend, names, eos_ids = tokenizer_gguf.from_gguf(fields)
         key = "tokenizer.chat_template"
         templates = {"default": fields[key]} if key in fields else {}
@@ -151,13 +181,56 @@ class Tokenizer:
         Raises:
           ValueError: if text is not a str, or has a lone surrogate.
         """
-        if not isinstance(text, str):
-            raise ValueError(f"text must be a str, not {type(text).__name__}")
-        backend = self.backend if parse_special else self._plain
-        try:
-            return backend.encode(text, add_special_tokens=add_special).ids
-        except TypeError as error:
-            raise ValueError("text has a lone surrogate, which UTF-8 cannot write") from error
+        return self._encode((text,), add_special, parse_special).ids
+
+    def encode_pair(
+        self, first: str, second: str, *, add_special: bool = True, parse_special: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """(ids, token types) of two texts in one row, as [CLS] first [SEP] second [SEP] with types 0 and 1 for BERT's;
+        with the defaults, transformers' `tokenizer(first, second)`.
+
+        The other arguments and errors are those of `encode`. Families without token types have 0 everywhere.
+        """
+        encoding = self._encode((first, second), add_special, parse_special)
+        return encoding.ids, encoding.type_ids
+
+    def id(self, token: str) -> int:
+        """The id of a token as the vocabulary writes it: "<mask>", "<extra_id_0>", "fra_Latn", ">>fra<<".
+
+        Raises:
+          ValueError: if there is no such token; names it.
+        """
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise ValueError(f"the vocabulary of {self.size} tokens has no {token!r}")
+        return found
+
+    def in_language(self, code: str) -> "Tokenizer":
+        """This tokenizer with another language's code around a text: of the source, or of the target to be scored.
+
+        Args:
+          code: as the family writes it: "fr_XX" for mBART, "fra_Latn" for NLLB, "fr" for M2M100.
+
+        Raises:
+          ValueError: if this tokenizer puts no code around a text, or has not that one. Marian's codes, ">>fra<<", are
+            written in the text.
+        """
+        state = json.loads(self.backend.post_processor.__getstate__()) if self.backend.post_processor else {}
+        around = [part["SpecialToken"]["id"] for part in state.get("single", []) if "SpecialToken" in part]
+        present = [token for token in around if token not in self.names.values()]
+        if len(present) != 1 or len(around) != 2:
+            raise ValueError(f"this tokenizer puts no language code around a text, but {around}")
+        added = self.backend.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special} - set(self.names.values())
+        token = next((token for token in (code, f"__{code}__") if token in special), None)
+        if token is None:
+            raise ValueError(f"no language code {code!r} among this tokenizer's special tokens: {sorted(special)}")
+        tokens = [token for _, token in sorted(self.backend.get_added_tokens_decoder().items())]
+        backend = _rebuilt(self.backend, self.backend.model, tokens)
+        end = next(token for token in around if token not in present)
+        tokenizer_families.put_language(backend, token, end, behind=around[-1] in present)
+        pieces = self.pieces and dataclasses.replace(self.pieces, config={**self.pieces.config, "src_lang": token.strip("_")})
+        return dataclasses.replace(self, backend=backend, pieces=pieces)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, continued: bool = False) -> str:
         """The text of ids.
@@ -175,11 +248,11 @@ class Tokenizer:
 
     def stream(self, *, skip_special: bool = True, continued: bool = False) -> "Stream":
         """A decoder for ids that arrive a few at a time; the arguments are those of `decode`."""
-        return Stream(self, skip_special, continued)
+        return Stream(self.target or self, skip_special, continued)
 
     def token_bytes(self) -> list[bytes]:
         """What each id stands for in running text, [V]; b"" for special tokens and ids without a token."""
-        return list(self._spoken)
+        return list((self.target or self)._spoken)
 
     def chat(
         self,
@@ -225,9 +298,14 @@ class Tokenizer:
         """
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(directory / "tokenizer.json"))
-        # The generic class takes tokenizer.json as it stands; others rebuild parts of it.
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if self.pieces is None:
+            self.backend.save(str(directory / "tokenizer.json"))
+            # The generic class takes tokenizer.json as it stands; others rebuild parts of it.
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        else:
+            config = self.pieces.config
+            for name, content in self.pieces.files.items():
+                (directory / name).write_bytes(content)
         _write_json(directory / "tokenizer_config.json", {**config, **self.names})
         for name, template in self.templates.items():
             other = directory / "additional_chat_templates" / f"{name}.jinja"
@@ -243,6 +321,20 @@ class Tokenizer:
         parts = [type(self.backend.model).__name__, f"size={self.size}"]
         parts += [f"{name.removesuffix('_token')}={self._tokens[i]!r} ({i})" for name, i in self.ids.items()]
         return f"Tokenizer({', '.join(parts)}, eos_ids={self.eos_ids}, templates={list(self.templates)})"
+
+    def _encode(self, texts: tuple[str, ...], add_special: bool, parse_special: bool) -> tokenizers.Encoding:
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"text must be a str, not {type(text).__name__}")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError("text has a lone surrogate, which UTF-8 cannot write") from error
+        if self.pieces is not None:
+            cut = (self.pieces(text, parse_special) for text in texts)
+            return self.backend.encode(*cut, is_pretokenized=True, add_special_tokens=add_special)
+        backend = self.backend if parse_special else self._plain
+        return backend.encode(*texts, add_special_tokens=add_special)
 
     def _checked(self, ids: Iterable[int]) -> list[int]:
         array = np.asarray(list(ids) if isinstance(ids, Iterable) and not hasattr(ids, "__array__") else ids)
@@ -292,11 +384,7 @@ class Tokenizer:
             state = json.loads(model.__getstate__())
             table = [(f"\ufdd0{piece}" if piece in special else piece, score) for piece, score in state["vocab"]]
             model = tokenizers.models.Unigram(table, state["unk_id"], state["byte_fallback"])
-        plain = tokenizers.Tokenizer(model)
-        plain.normalizer = self.backend.normalizer
-        plain.pre_tokenizer = self.backend.pre_tokenizer
-        plain.post_processor = self.backend.post_processor
-        plain.add_tokens([token for token in added if token.content not in known])
+        plain = _rebuilt(self.backend, model, [token for token in added if token.content not in known])
         plain.encode_special_tokens = True
         return plain
 
@@ -400,10 +488,35 @@ def _add_tokens(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], 
             raise ValueError(f"{directory}: the added token {token.content!r} should have the id {i}, not {got}")
 
 
-def _mark_special(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
-    already = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    fresh = [text for text in dict.fromkeys(texts) if text not in already]
-    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in fresh])
+def _mark_special(
+    backend: tokenizers.Tokenizer, texts: Iterable[str], flags: Mapping[str, Mapping[str, bool]] | None = None
+) -> None:
+    """Makes tokens special; `flags` and those that a token has already stay."""
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    fresh = [text for text in dict.fromkeys(texts) if text not in added or not added[text].special]
+    for text in fresh:
+        kept = {flag: getattr(added[text], flag) for flag in _STRIPS} if text in added else (flags or {}).get(text, {})
+        backend.add_special_tokens([AddedToken(text, **{"normalized": False, "special": True, **kept})])
+
+
+def _flags(*sources: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
+    """What swallows the space beside it, of the tokens that are written in full."""
+    keys = (*NAMES, "additional_special_tokens", "extra_special_tokens")
+    values = [source.get(key) for source in sources for key in keys]
+    tokens = [token for value in values for token in (value if isinstance(value, list) else [value])]
+    full = [token for token in tokens if isinstance(token, dict) and "content" in token]
+    return {token["content"]: {flag: token[flag] for flag in _STRIPS if flag in token} for token in full}
+
+
+def _rebuilt(
+    backend: tokenizers.Tokenizer, model: tokenizers.models.Model, added: Sequence[AddedToken]
+) -> tokenizers.Tokenizer:
+    """A backend that can be changed, with `model` and these added tokens, in the order of their ids."""
+    fresh = tokenizers.Tokenizer(model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        setattr(fresh, part, getattr(backend, part))
+    fresh.add_tokens(added)
+    return fresh
 
 
 def _read_backend(
@@ -415,19 +528,105 @@ def _read_backend(
     """
     if (directory / "tokenizer.json").is_file():
         return _read_tokenizer_json(directory / "tokenizer.json"), {}, None
+    name = _class(config)
+    if name == "ByT5Tokenizer":
+        extra = [_text(token) for token in config.get("additional_special_tokens") or ()]
+        backend = tokenizer_families.byt5(extra or [f"<extra_id_{i}>" for i in range(config.get("extra_ids") or 125)])
+        tokenizer_families.put_around(backend, "$A </s>", "$A </s> $B </s>")
+        return backend, {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}, None
     for file in (directory / name for name in _SENTENCEPIECE_FILES):
         if file.is_file():
-            name = _class(config)
+            if name in _FAIRSEQ_CLASSES:
+                return _read_fairseq(file, config), dict(tokenizer_families.FAIRSEQ_NAMES), None
             t5 = name in _T5_CLASSES or (not name and model_config.get("model_type") in _T5_MODELS)
             around = {"add_bos_token": name in _LLAMA_CLASSES, "add_eos_token": t5}
             return *_read_sentencepiece(file, config, t5=t5), around
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-        backend = _read_byte_level(directory, config)
+        if name in _ROBERTA_CLASSES or (not name and model_config.get("model_type") in _ROBERTA_MODELS):
+            names = tokenizer_families.FAIRSEQ_NAMES | _names(config)
+            backend = _read_byte_level(directory, "gpt-2", prefix=config.get("add_prefix_space", False))
+            tokenizer_families.put_around_like_roberta(backend, names)
+            return backend, names, None
+        if name and name not in _BYTE_LEVEL_CLASSES or config.get("add_prefix_space"):
+            raise ValueError(
+                f"vocab.json and merges.txt in {directory} are read for {', '.join(_ROBERTA_CLASSES)} and, without "
+                f"add_prefix_space, {', '.join(_BYTE_LEVEL_CLASSES)}, not for {name}; save its tokenizer.json with transformers"
+            )
+        backend = _read_byte_level(directory, _BYTE_LEVEL_CLASSES.get(name, "gpt-2"), prefix=False)
         end = "<|endoftext|>"
-        gpt2 = _class(config) != "Qwen2Tokenizer" and backend.token_to_id(end) is not None
+        gpt2 = name != "Qwen2Tokenizer" and backend.token_to_id(end) is not None
         return backend, dict.fromkeys(("bos_token", "eos_token", "unk_token"), end) if gpt2 else {}, {}
-    looked_for = ("tokenizer.json", *_SENTENCEPIECE_FILES, "vocab.json with merges.txt")
-    raise ValueError(f"no tokenizer in {directory}: looked for {', '.join(looked_for)}")
+    if (directory / "vocab.txt").is_file():
+        return *_read_word_piece(directory / "vocab.txt", config, model_config), None
+    looked_for = ("tokenizer.json", *_SENTENCEPIECE_FILES, "vocab.json with merges.txt or source.spm", "vocab.txt")
+    raise ValueError(f"no tokenizer in {directory}: looked for {', '.join(looked_for)}, or the class ByT5Tokenizer")
+
+
+def _read_word_piece(
+    file: pathlib.Path, config: Mapping[str, Any], model_config: Mapping[str, Any]
+) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """(backend, names): BERT's, or MPNet's, which has RoBERTa's special tokens."""
+    mpnet = (_class(config) or model_config.get("model_type")) in ("MPNetTokenizer", "mpnet")
+    names = tokenizer_families.BERT_NAMES
+    if mpnet:
+        names = tokenizer_families.FAIRSEQ_NAMES | {"unk_token": "[UNK]"}
+    names = names | _names(config)
+    lines = file.read_text(encoding="utf-8").split("\n")
+    vocab = {token.removesuffix("\r"): i for i, token in enumerate(lines[:-1] if lines[-1] == "" else lines)}
+    backend = tokenizer_families.word_piece(vocab, names["unk_token"], config)
+    if mpnet:
+        _mark_special(backend, [names["mask_token"]], {names["mask_token"]: {"lstrip": True}})
+        tokenizer_families.put_around_like_roberta(backend, names)
+    else:
+        tokenizer_families.put_around_like_bert(backend, names)
+    return backend, names
+
+
+def _read_pieces(
+    cls: type[Tokenizer], directory: pathlib.Path, config: Mapping[str, Any], model_config: Mapping[str, Any]
+) -> Tokenizer:
+    """Marian's tokenizer, with the target's in it, or M2M100's."""
+    marian = (directory / "source.spm").is_file()
+    names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    codes: tuple[str, ...] = ()
+    if not marian:
+        names |= {"bos_token": "<s>", "sep_token": "</s>"}
+        codes = tokenizer_families.LANGUAGES[config.get("language_codes") or "m2m100"]
+    names |= _names(config)
+    config = {"tokenizer_class": "MarianTokenizer" if marian else "M2M100Tokenizer", **config}
+    generation = _read_json(directory / "generation_config.json")
+
+    def side(files: Mapping[str, str], target: Tokenizer | None = None) -> Tokenizer:
+        """One side, of the first two of `files`, a vocabulary and a model; each file has the name to save it under."""
+        table, model = list(files.values())[:2]
+        if absent := [name for name in files.values() if not (directory / name).is_file()]:
+            raise ValueError(f"{directory} has no {absent[0]}, which belongs to {table} and {model}")
+        _read_proto(directory / model)
+        ids = _read_json(directory / table)
+        ids |= {code: len(ids) + i for i, code in enumerate(codes)}
+        if missing := [names[name] for name in ("eos_token", "unk_token") if names[name] not in ids]:
+            raise ValueError(f"{directory / table} has no {missing[0]!r}")
+        backend = tokenizer_families.table(ids, names["unk_token"])
+        _mark_special(backend, [*names.values(), *codes, *_extra_special(config)])
+        if marian:
+            tokenizer_families.put_around(backend, f"$A {names['eos_token']}", f"$A $B {names['eos_token']}")
+        else:
+            code = f"__{config.get('src_lang') or 'en'}__"
+            tokenizer_families.put_language(backend, code, names["eos_token"], behind=False)
+        special = tuple(token.content for token in backend.get_added_tokens_decoder().values())
+        found = {place: (directory / name).read_bytes() for place, name in files.items()}
+        pieces = Pieces((directory / model).read_bytes(), special, marian, found, config)
+        named, eos_ids = _ids(backend, names, generation, model_config)
+        return cls(backend, names, named, eos_ids, _read_templates(directory, config), pieces, target)
+
+    if not marian:
+        return side({"vocab.json": "vocab.json", _FAIRSEQ_FILE: _FAIRSEQ_FILE})
+    other = "target_vocab.json" if config.get("separate_vocabs") else "vocab.json"
+    own = {"vocab.json": other, "source.spm": "target.spm", "target.spm": "target.spm"}
+    both = {name: name for name in ("vocab.json", "source.spm", "target.spm")}
+    if config.get("separate_vocabs"):
+        own[other] = both[other] = other
+    return side(both, side(own))
 
 
 def _read_tokenizer_json(file: pathlib.Path) -> tokenizers.Tokenizer:
@@ -446,9 +645,38 @@ def _read_sentencepiece(
     """(backend, names that the model itself gives)."""
     if not t5 and _class(config) not in ("", *_LLAMA_CLASSES):
         raise ValueError(
-            f"{file} alone is read for {', '.join((*_LLAMA_CLASSES, *_T5_CLASSES))}, not for {_class(config)}, "
-            "which may number its pieces differently; save its tokenizer.json with transformers"
+            f"{file} alone is read for {', '.join((*_LLAMA_CLASSES, *_T5_CLASSES, *_FAIRSEQ_CLASSES))}, not for "
+            f"{_class(config)}, which may number its pieces differently; save its tokenizer.json with transformers"
         )
+    proto = _read_proto(file)
+    trainer = proto.trainer_spec
+    pieces, scores, types = _columns(proto)
+    for i, token in _added_tokens(file.parent, config).items():
+        if i < len(pieces):
+            pieces[i] = token.content
+            types[i] = tokenizer_gguf.CONTROL if token.special else tokenizer_gguf.USER_DEFINED
+    backend = tokenizer_gguf.sentencepiece(pieces, scores, types, unk_id=trainer.unk_id, **_how(proto, config))
+    if t5:
+        sentinels = [f"<extra_id_{i}>" for i in reversed(range(config.get("extra_ids", 100)))]
+        _mark_special(backend, sentinels)
+    ids = {f"{name}_token": getattr(trainer, f"{name}_id") for name in ("bos", "eos", "unk", "pad")}
+    return backend, {name: pieces[i] for name, i in ids.items() if 0 <= i < len(pieces)}
+
+
+def _read_fairseq(file: pathlib.Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    name, proto = _class(config), _read_proto(file)
+    codes = tokenizer_families.LANGUAGES.get(name, ())
+    if name == "NllbTokenizer":
+        codes = [token for token in _extra_special(config) if token != "<mask>"]
+        if not codes:
+            raise ValueError(f"special_tokens_map.json in {file.parent} must list the languages in additional_special_tokens")
+    backend = tokenizer_families.fairseq(*_columns(proto), codes, **_how(proto, config))
+    if name == "XLMRobertaTokenizer":
+        tokenizer_families.put_around_like_roberta(backend, tokenizer_families.FAIRSEQ_NAMES)
+    return backend
+
+
+def _read_proto(file: pathlib.Path) -> Any:
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
@@ -458,43 +686,38 @@ def _read_sentencepiece(
         proto.ParseFromString(file.read_bytes())
     except Exception as error:  # protobuf's DecodeError, whose module differs between its versions
         raise ValueError(f"{file} is not a sentencepiece model: {error}") from error
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    if trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
-        raise ValueError(f"{file} is a sentencepiece model of type {trainer.model_type}; read are unigram (1) and BPE (2)")
-    pieces, scores, types = ([getattr(p, key) for p in proto.pieces] for key in ("piece", "score", "type"))
-    for i, token in _added_tokens(file.parent, config).items():
-        if i < len(pieces):
-            pieces[i] = token.content
-            types[i] = tokenizer_gguf.CONTROL if token.special else tokenizer_gguf.USER_DEFINED
-    backend = tokenizer_gguf.sentencepiece(
-        pieces,
-        scores,
-        types,
-        unk_id=trainer.unk_id,
-        unigram=trainer.model_type == trainer.UNIGRAM,
-        prefix="never" if not normalizer.add_dummy_prefix else "first" if config.get("legacy") is False else "every",
-        charsmap=normalizer.precompiled_charsmap,
-        strip=normalizer.remove_extra_whitespaces,
-    )
-    if t5:
-        sentinels = [f"<extra_id_{i}>" for i in reversed(range(config.get("extra_ids", 100)))]
-        _mark_special(backend, sentinels)
-    ids = {f"{name}_token": getattr(trainer, f"{name}_id") for name in ("bos", "eos", "unk", "pad")}
-    return backend, {name: pieces[i] for name, i in ids.items() if 0 <= i < len(pieces)}
+    kind = proto.trainer_spec.model_type
+    if kind not in (proto.trainer_spec.UNIGRAM, proto.trainer_spec.BPE):
+        raise ValueError(f"{file} is a sentencepiece model of type {kind}; read are unigram (1) and BPE (2)")
+    return proto
 
 
-def _read_byte_level(directory: pathlib.Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    name = _class(config) or "GPT2Tokenizer"
-    if name not in _BYTE_LEVEL_CLASSES or config.get("add_prefix_space"):
-        raise ValueError(
-            f"vocab.json and merges.txt in {directory} are read for {', '.join(_BYTE_LEVEL_CLASSES)} without "
-            f"add_prefix_space, not for {name}; save its tokenizer.json with transformers"
-        )
+def _columns(proto: Any) -> list[list[Any]]:
+    """The pieces, their scores and their types."""
+    return [[getattr(piece, key) for piece in proto.pieces] for key in ("piece", "score", "type")]
+
+
+def _how(proto: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `tokenizer_gguf.sentencepiece` that the model's file decides."""
+    normalizer = proto.normalizer_spec
+    return {
+        "unigram": proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM,
+        "prefix": "never" if not normalizer.add_dummy_prefix else "first" if config.get("legacy") is False else "every",
+        "charsmap": normalizer.precompiled_charsmap,
+        "strip": normalizer.remove_extra_whitespaces,
+    }
+
+
+def _read_byte_level(directory: pathlib.Path, cut: str, *, prefix: bool) -> tokenizers.Tokenizer:
+    """A byte-level BPE cut like `cut`, or with `prefix` like GPT-2 with a space before the text."""
     try:
         vocab, merges = tokenizers.models.BPE.read_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
     except Exception as error:  # the Rust side raises nothing narrower
         raise ValueError(f"vocab.json and merges.txt in {directory} are not a BPE: {error}") from error
-    return tokenizer_gguf.byte_level(vocab, merges, tokenizer_gguf.PRE_TOKENIZERS[_BYTE_LEVEL_CLASSES[name]])
+    backend = tokenizer_gguf.byte_level(vocab, merges, tokenizer_gguf.PRE_TOKENIZERS[cut])
+    if prefix:
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return backend
 
 
 def _ids(
@@ -563,7 +786,7 @@ def _bytes_and_first(
     spaces += [s["pattern"].get("String") for s in steps if s["type"] == "Replace" and s["content"] == " "]
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     if "ByteLevel" in parts:
-        spelling = _byte_spelling()
+        spelling = tokenizer_families.byte_spelling()
 
         def spoken(token: str) -> bytes:
             if token in added or not spelling.keys() >= set(token):
@@ -602,10 +825,3 @@ def _without_space(piece: bytes) -> bytes:
 
 def _without_spaces(piece: bytes) -> bytes:
     return piece.lstrip(b" ")
-
-
-def _byte_spelling() -> dict[str, int]:
-    """The printable character that stands for each byte in a byte-level BPE, to the byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

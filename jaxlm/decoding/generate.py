@@ -19,12 +19,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxlm import cache as caching
-from jaxlm import config, model, sharding
+from jaxlm import config, model
 from jaxlm.decoding import loop, stop
 from jaxlm.decoding.logits import Settings
 from jaxlm.decoding.speculative import drafters, rules
 from jaxlm.decoding.speculative import loop as speculation
-from jaxlm.decoding.speculative.drafters.base import Drafter, Start
+from jaxlm.decoding.speculative.drafters.base import Drafter, Source, Start
 from jaxlm.decoding.speculative.tree import Template
 from jaxlm.decoding.speculative.verify import Rule
 from jaxlm.model import Model
@@ -34,10 +34,17 @@ _LARGEST = 1e30  # of temperatures, penalties and biases: larger ones may overfl
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """The loop's step function for a decoder: compared by value, so equal models share a compiled program."""
+    """The loop's step function for a decoder: compared by value, so equal models share a compiled program. `whole` is the
+    encoder-decoder that it is part of."""
 
     config: config.Decoder
     dtype: Any
+    whole: config.EncoderDecoder | None = None
+
+    @classmethod
+    def of(cls, cfg: config.Config, dtype: Any) -> "Forward":
+        """Of a decoder, or an encoder-decoder's."""
+        return cls(cfg.decoder, dtype, cfg) if isinstance(cfg, config.EncoderDecoder) else cls(cfg, dtype)
 
     def __call__(self, params: PyTree, tokens: Int[Array, "B P"], cache: caching.Cache,
                  positions: Int[Array, "B P"] | None = None,
@@ -96,20 +103,34 @@ def _types(tree: PyTree) -> Types:
     return walk(jax.tree.structure(tree))
 
 
+def begin(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], slots: int,
+          source: Source | None = None) -> tuple[caching.Cache, Float[Array, "B V"], Float[Array, "B T D"],
+                                                 caching.Memory | None]:
+    """A cache of so many slots that holds the prompts, and the layers' keys and values of the sources; the logits after each
+    prompt's last token; what the head reads of every one; and what the encoder made of the sources."""
+    encoded = memory = None
+    if step.whole is not None:
+        encoded = model.encode(params, step.whole, source.tokens, lengths=source.lengths, dtype=step.dtype)
+        memory = model.remember(params, step.whole, encoded)
+        memory = memory.replace(layers=caching.constrained(memory.layers))
+    out = model.forward(params, step.config, tokens, lengths=lengths, context=lengths, at=lengths[:, None] - 1,
+                        dtype=step.dtype, memory=memory)
+    cache = caching.filled(out.kv, slots, lengths, memory)
+    return cache.replace(layers=caching.constrained(cache.layers)), out.logits[:, 0], out.last, encoded
+
+
 @partial(jax.jit, static_argnames=("step", "slots", "capacity", "logprobs", "types"))
 def _prefill(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], request: loop.Request,
              slots: int, capacity: int, logprobs: bool, drafter: Drafter | None = None, kept: PyTree = None,
-             types: Types = ()) -> loop.State | speculation.State:
-    out = model.forward(params, step.config, tokens, lengths=lengths, context=lengths, at=lengths[:, None] - 1,
-                        dtype=step.dtype)
-    cache = caching.filled(out.kv, slots, lengths)
-    cache = cache.replace(layers=jax.tree.map(
-        lambda leaf: sharding.constrain(leaf, caching.AXES[-leaf.ndim:]), cache.layers))
-    state = loop.begin(cache, request, out.logits[:, 0], capacity, logprobs)
+             types: Types = (), source: Source | None = None) -> loop.State | speculation.State:
+    cache, logits, last, encoded = begin(step, params, tokens, lengths, slots, source)
+    state = loop.begin(cache, request, logits, capacity, logprobs)
     if drafter is None:
         return state
-    digest = _digest(step, params, drafter, out.last) if drafter.reads_prompt else None
-    drafted = drafter.init(Start(tokens, lengths, digest, slots, step.config.embedding.vocabulary), kept)
+    digest = _digest(step, params, drafter, last) if drafter.reads_prompt else None
+    words = None if step.whole is None else step.whole.encoder.embedding.vocabulary
+    start = Start(tokens, lengths, digest, slots, step.config.embedding.vocabulary, source, encoded, words)
+    drafted = drafter.init(start, kept)
     return speculation.begin(state, tokens, drafter, drafted)
 
 
@@ -166,7 +187,7 @@ class Generation:
       text: decoded, without special tokens, cut before a stop string; None without a tokenizer.
       finish: "eos", "stop" or "length" for each row.
       logprobs: of each token under the model itself (before temperature, filters and penalties), or None.
-      prompt_tokens: how many tokens each prompt has.
+      prompt_tokens: how many tokens each prompt has, or source.
       seconds: what it took.
       speculation: what a drafter did, or None.
     """
@@ -233,7 +254,7 @@ def _per_row(name: str, value: Any, batch: int, single: type | tuple[()]) -> lis
     return value
 
 
-def _id(name: str, token: Any, vocabulary: int) -> int:
+def token_id(name: str, token: Any, vocabulary: int) -> int:
     """A token id that the model has."""
     try:
         if isinstance(token, (bool, np.bool_)):
@@ -246,7 +267,7 @@ def _id(name: str, token: Any, vocabulary: int) -> int:
     return token
 
 
-def _several(name: str, value: Any) -> list[Any]:
+def several(name: str, value: Any) -> list[Any]:
     """One id or several, as a list."""
     value = value.item() if getattr(value, "ndim", None) == 0 else value
     if isinstance(value, (str, bytes)) or not isinstance(value, (int, Iterable)):
@@ -254,13 +275,18 @@ def _several(name: str, value: Any) -> list[Any]:
     return [value] if isinstance(value, int) else list(value)
 
 
-def _bias(logit_bias: Any, banned: Any, batch: int, vocabulary: int) -> Float[Array, "B V"] | None:
+def biases_of(logit_bias: Any, banned: Any, batch: int, vocabulary: int) -> Float[Array, "B V"] | None:
+    """What is added to the logits for `generate`'s logit_bias and banned_tokens; None for neither.
+
+    Raises:
+      ValueError: for what is neither once nor once per row, ids out of range, or a row without a token left.
+    """
     if logit_bias is not None and not isinstance(logit_bias, (Mapping, list, tuple)):
         raise ValueError(f"logit_bias must be {{token id: number}}, once or once per row, got {logit_bias!r}")
     biases = _per_row("logit_bias", logit_bias, batch, Mapping)
     if not all(row is None or isinstance(row, Mapping) for row in biases):
         raise ValueError(f"logit_bias must be {{token id: number}}, once or once per row, got {logit_bias!r}")
-    bans = [] if banned is None else _several("banned_tokens", banned)
+    bans = [] if banned is None else several("banned_tokens", banned)
     if all(np.ndim(ban) == 0 and ban is not None for ban in bans):
         bans = [bans] * batch
     if len(bans) != batch:
@@ -272,20 +298,19 @@ def _bias(logit_bias: Any, banned: Any, batch: int, vocabulary: int) -> Float[Ar
         for token, value in (values or {}).items():
             if not isinstance(value, (int, float, np.number)) or not value <= _LARGEST:
                 raise ValueError(f"logit_bias of token {token} must be a number up to {_LARGEST:g}, got {value!r}")
-            bias[row, _id("logit_bias", token, vocabulary)] += value if value >= -_LARGEST else -math.inf
-        for token in () if ban is None else _several("banned_tokens", ban):
-            bias[row, _id("banned_tokens", token, vocabulary)] = -math.inf
+            bias[row, token_id("logit_bias", token, vocabulary)] += value if value >= -_LARGEST else -math.inf
+        for token in () if ban is None else several("banned_tokens", ban):
+            bias[row, token_id("banned_tokens", token, vocabulary)] = -math.inf
         if np.all(np.isneginf(bias[row])):
             raise ValueError(f"row {row} bans every token of the vocabulary")
     return jnp.asarray(bias)
 
 
-def encode(model: Model, prompts: Any) -> list[list[int]]:
-    """Token ids of every prompt: a string, token ids, or a list of either.
+def listed(prompts: Any) -> list[Any]:
+    """A string, token ids, or a list of either, as a list with an item for each prompt.
 
     Raises:
-      ValueError: for no prompts, a prompt without tokens, one longer than the context, ids out of range, or text without a
-        tokenizer; names the prompt.
+      ValueError: for anything else, and for no prompts.
     """
     if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, Mapping)):
         raise ValueError(f"prompts must be text, token ids or a list of either, got {prompts!r}")
@@ -294,24 +319,96 @@ def encode(model: Model, prompts: Any) -> list[list[int]]:
         prompts = [prompts]
     if not prompts:
         raise ValueError("no prompts were given: a batch of zero rows has nothing to generate")
+    return prompts
+
+
+def encode(model: Model, prompts: Any, written: bool = False) -> list[list[int]]:
+    """Token ids of every prompt: a string, token ids, or a list of either. Of an encoder-decoder these are sources.
+
+    Args:
+      written: they are what an encoder-decoder's decoder is to have written; a string ends with the tokenizer's `eos_id`, and
+        has no other special tokens around it.
+
+    Raises:
+      ValueError: for no prompts, a prompt without tokens, one longer than the context, ids out of range, or text without a
+        tokenizer; names the prompt.
+    """
+    cfg = model.config
+    if isinstance(cfg, config.EncoderDecoder):
+        cfg = cfg.decoder if written else cfg.encoder
     rows = []
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(listed(prompts)):
         if isinstance(prompt, str):
             if model.tokenizer is None:
                 raise ValueError("the model has no tokenizer: give prompts as lists of token ids")
-            prompt = model.tokenizer.encode(prompt)
+            prompt = _written(model.tokenizer, prompt) if written else model.tokenizer.encode(prompt)
         if isinstance(prompt, Mapping):
             raise ValueError("prompts are text or token ids, not messages: write a conversation as text with "
                              "model.tokenizer.chat(messages), and encode that with add_special=False")
         if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
             raise ValueError(f"prompt {i} must be text or token ids, got {prompt!r}")
-        row = [_id(f"prompt {i}", token, model.config.embedding.vocabulary) for token in prompt]
+        row = [token_id(f"prompt {i}", token, cfg.embedding.vocabulary) for token in prompt]
         if not row:
             raise ValueError(f"prompt {i} is empty: it needs at least one token")
-        if len(row) > model.config.length:
-            raise ValueError(f"prompt {i} has {len(row)} tokens, the model's context is {model.config.length}")
+        if len(row) > cfg.length:
+            raise ValueError(f"prompt {i} has {len(row)} tokens, the model's context is {cfg.length}")
         rows.append(row)
     return rows
+
+
+def _written(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that a decoder writes."""
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    return [*(tokenizer.target or tokenizer).encode(text, add_special=False), *end]
+
+
+def started(model: Model, prompts: Any, start: Any) -> tuple[list[list[int]], list[list[int]] | None]:
+    """What every row of the decoder's begins with, and the encoder's sources: the prompts themselves and None without encoder.
+
+    Args:
+      start: token ids that an encoder-decoder's text begins with, for all rows or for each; None is the config's.
+
+    Raises:
+      ValueError: as `encode`; for a start that holds no token ids, is empty, or comes with a decoder-only model.
+    """
+    rows, cfg = encode(model, prompts), model.config
+    if not isinstance(cfg, config.EncoderDecoder):
+        if start is not None:
+            raise ValueError("start is for encoder-decoders; a decoder's text begins with its prompt")
+        return rows, None
+    start = cfg.start if start is None else start
+    if isinstance(start, (str, bytes)) or not isinstance(start, Iterable):
+        raise ValueError(f"start must be a list of token ids, or one for each row, got {start!r}")
+    starts = list(start)
+    if all(np.ndim(one) == 0 for one in starts):
+        starts = [starts] * len(rows)
+    starts = [[token_id("start", token, cfg.decoder.embedding.vocabulary) for token in one]
+              for one in _per_row("start", starts, len(rows), ())]
+    if not all(starts):
+        raise ValueError("start is empty: a decoder's text begins with at least one token")
+    return starts, rows
+
+
+def padded(rows: Sequence[Sequence[int]], width: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+    """Rows side by side, zeros behind them, and their lengths."""
+    tokens = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, :len(row)] = row
+    return tokens, np.array([len(row) for row in rows], np.int32)
+
+
+def source_of(rows: Sequence[Sequence[int]] | None, longest: int) -> Source | None:
+    """Sources of up to `longest` tokens as arrays."""
+    if rows is None:
+        return None
+    tokens, lengths = padded(rows, min(bucket(max(map(len, rows))), longest))
+    return Source(jnp.asarray(tokens), jnp.asarray(lengths))
+
+
+def prompt_width(rows: Sequence[Sequence[int]], longest: int) -> int:
+    """To how many tokens prompts are padded: a decoder that has only begun is not padded to a prompt's usual length."""
+    most = max(map(len, rows))
+    return min(most if most < 4 else bucket(most, 4), longest)
 
 
 def row_keys(key: Any, batch: int) -> Key[Array, "B"]:
@@ -345,9 +442,9 @@ class _Job:
     def __init__(self, model: Model, prompts: Any, *, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any,
                  min_p: Any, typical_p: Any, repetition_penalty: Any, presence_penalty: Any, frequency_penalty: Any,
                  logit_bias: Any, banned_tokens: Any, stop_strings: Any, eos: Any, key: Any, logprobs: bool, dtype: Any,
-                 drafter: Any, rule: Any, tree: Any, drafter_state: Any):
-        cfg = model.config
-        self.model, self.rows = model, encode(model, prompts)
+                 drafter: Any, rule: Any, tree: Any, drafter_state: Any, start: Any):
+        cfg = model.decoder
+        self.model, (self.rows, self.sources) = model, started(model, prompts, start)
         batch, vocabulary = len(self.rows), cfg.embedding.vocabulary
         try:
             limits = np.asarray(max_new_tokens)
@@ -358,7 +455,8 @@ class _Job:
         self.limits = np.broadcast_to(limits, batch)
         for i, (row, limit) in enumerate(zip(self.rows, self.limits, strict=True)):
             if len(row) + limit > cfg.length:
-                raise ValueError(f"prompt {i} has {len(row)} tokens and {limit} new ones were asked for: together more than "
+                named = f"prompt {i}" if self.sources is None else f"the start of row {i}"
+                raise ValueError(f"{named} has {len(row)} tokens and {limit} new ones were asked for: together more than "
                                  f"the model's context of {cfg.length}; at most {cfg.length - len(row)} fit")
         number = partial(_rows, batch=batch)
         settings = Settings(
@@ -372,12 +470,12 @@ class _Job:
                               open_low=True),
             presence=number("presence_penalty", presence_penalty, low=-_LARGEST, high=_LARGEST, off=0, kind=jnp.float32),
             frequency=number("frequency_penalty", frequency_penalty, low=-_LARGEST, high=_LARGEST, off=0, kind=jnp.float32),
-            bias=_bias(logit_bias, banned_tokens, batch, vocabulary))
+            bias=biases_of(logit_bias, banned_tokens, batch, vocabulary))
         if settings.temperature is None:  # filters never change an argmax
             settings = settings.replace(top_k=None, top_p=None, min_p=None, typical_p=None)
         if eos is None:
             eos = () if model.tokenizer is None else model.tokenizer.eos_ids
-        self.eos = eos = tuple(_id("eos", token, vocabulary) for token in _several("eos", eos))
+        self.eos = eos = tuple(token_id("eos", token, vocabulary) for token in several("eos", eos))
         self.stops = _stops(stop_strings, batch)
         automaton = None
         if any(self.stops):
@@ -412,22 +510,19 @@ class _Job:
 
     def run(self, segment: int | None) -> Iterator[tuple[loop.State | speculation.State, Seconds]]:
         """The state after the prefill, then after each segment of the loop (None: one), with the seconds spent so far."""
-        rows, cfg = self.rows, self.model.config
-        longest = max(len(row) for row in rows)
-        width = min(bucket(longest), cfg.length)
+        rows, cfg = self.rows, self.model.decoder
+        width = min(bucket(max(map(len, rows))), cfg.length) if self.sources is None else prompt_width(rows, cfg.length)
         capacity = bucket(int(max(self.limits)))
         slack = 0 if self.drafter is None else self.drafter.depth  # a call writes so much behind the last token
         slots = slots_for(max(len(row) + int(limit) for row, limit in zip(rows, self.limits, strict=True)), slack)
         slots = max(slots, width)
-        tokens = np.zeros((len(rows), width), np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, :len(row)] = row
-        lengths = np.array([len(row) for row in rows], np.int32)
-        step, types = Forward(cfg, self.dtype), _types(self.drafter)
+        tokens, lengths = padded(rows, width)
+        source = None if self.sources is None else source_of(self.sources, self.model.config.encoder.length)
+        step, types = Forward.of(self.model.config, self.dtype), _types(self.drafter)
         params = self.model.ready
         with self.model.context():
             arguments = (step, params, jnp.asarray(tokens), jnp.asarray(lengths), self.request, slots, capacity, self.logprobs,
-                         self.drafter, self.kept, types)
+                         self.drafter, self.kept, types, source)
             spent = Seconds(compile=self.made + self._compile(_prefill, arguments))
             began = time.perf_counter()
             state = jax.block_until_ready(_prefill(*arguments))
@@ -472,7 +567,8 @@ class _Job:
         emitted = [tokens[i, :count[i]] for i in range(len(self.rows))]
         text, finish = None, []
         if self.model.tokenizer is not None:
-            text = [self.model.tokenizer.decode(_known(row, self.model.tokenizer), continued=True) for row in emitted]
+            continued = self.sources is None
+            text = [self.model.tokenizer.decode(known(row, self.model.tokenizer), continued=continued) for row in emitted]
         stopped = (np.zeros(len(emitted), bool) if state.stop is None
                    else np.asarray(self.request.automaton.found)[np.asarray(state.stop)])
         for i, row in enumerate(emitted):
@@ -480,7 +576,8 @@ class _Job:
                 text[i] = text[i][:_cut(text[i], self.stops[i])]
             finish.append("eos" if len(row) and int(row[-1]) in self.eos else "stop" if stopped[i] else "length")
         logprobs = None if state.logprobs is None else [np.asarray(state.logprobs)[i, :n] for i, n in enumerate(count)]
-        return Generation(emitted, text, finish, logprobs, [len(row) for row in self.rows], spent, speculated)
+        return Generation(emitted, text, finish, logprobs,
+                          [len(row) for row in self.sources or self.rows], spent, speculated)
 
     def _speculation(self, state: loop.State | speculation.State) -> Speculation | None:
         if self.drafter is None:
@@ -504,7 +601,8 @@ def _check_kept(drafter: Drafter, kept: PyTree, vocabulary: int) -> None:
         leaves, shape = jax.tree.flatten(tree)
         return shape, [(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf for leaf in leaves]
 
-    wanted, name = jax.eval_shape(fresh), type(drafter).__name__
+    wanted = () if type(drafter).keep is Drafter.keep else jax.eval_shape(fresh)
+    name = type(drafter).__name__
     if not jax.tree.leaves(wanted) and jax.tree.leaves(kept):
         raise ValueError(f"{name} keeps nothing from request to request: leave out drafter_state")
     if look(wanted) != look(kept):
@@ -515,7 +613,7 @@ def _plain(state: loop.State | speculation.State) -> loop.State:
     return state.plain if isinstance(state, speculation.State) else state
 
 
-def _known(tokens: np.ndarray, tokenizer: Any) -> list[int]:
+def known(tokens: np.ndarray, tokenizer: Any) -> list[int]:
     """Without the ids that only the model has: embeddings are often padded to a round size."""
     return tokens[tokens < tokenizer.size].tolist()
 
@@ -523,8 +621,8 @@ def _known(tokens: np.ndarray, tokenizer: Any) -> list[int]:
 class _Pieces:
     """Cuts the growing text of every row into pieces that can no longer change."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[Sequence[str]]):
-        self.tokenizer, self.streams = tokenizer, [tokenizer.stream(continued=True) for _ in stops]
+    def __init__(self, tokenizer: Any, stops: Sequence[Sequence[str]], continued: bool):
+        self.tokenizer, self.streams = tokenizer, [tokenizer.stream(continued=continued) for _ in stops]
         self.stops = stops
         self.text, self.seen, self.shown = [""] * len(stops), [0] * len(stops), [0] * len(stops)
 
@@ -537,7 +635,7 @@ class _Pieces:
     def push(self, tokens: np.ndarray, count: np.ndarray) -> list[str]:
         out = []
         for i, stream in enumerate(self.streams):
-            self.text[i] += stream.push(_known(tokens[i, self.seen[i]:count[i]], self.tokenizer))
+            self.text[i] += stream.push(known(tokens[i, self.seen[i]:count[i]], self.tokenizer))
             self.seen[i] = int(count[i])
             held = max((len(string) - 1 for string in self.stops[i]), default=0)
             out.append(self._show(i, min(len(self.text[i]) - held, _cut(self.text[i], self.stops[i]))))
@@ -558,9 +656,9 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
              presence_penalty: Any = 0.0, frequency_penalty: Any = 0.0, logit_bias: Any = None, banned_tokens: Any = None,
              stop_strings: Any = None, eos: Any = None, key: Any = 0, logprobs: bool = False, dtype: Any = None,
              drafter: str | Drafter | Model | None = None, rule: str | Rule | None = None, tree: int | Template | None = None,
-             drafter_state: PyTree = None, on_text: Callable[[list[str]], None] | None = None,
+             drafter_state: PyTree = None, start: Any = None, on_text: Callable[[list[str]], None] | None = None,
              segment: int = 16) -> Generation:
-    """Continues each prompt.
+    """Continues each prompt; an encoder-decoder reads it as its source and begins a text of its own.
 
     Every number may be given per row. With the same key a row's text is the same whatever rows are beside it, and whatever
     drafts it: only with a `rule` that is not "match" does it depend on the drafts too.
@@ -579,11 +677,14 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
       logprobs: also return every token's log-probability.
       dtype: of the computation; default that of the weights.
       drafter: speculates: a name ("lookup", "recycling", "aded", several joined by "+", "auto", "layers:12": see
-        `jaxlm.decoding.speculative.drafters.make`), a smaller model of the same vocabulary, or a drafter. None decodes plainly.
+        `jaxlm.decoding.speculative.drafters.make`), a smaller model of the same vocabulary (with an encoder of its own, or
+        attending to what the target's made of the source), or a drafter. None decodes plainly.
       rule: of acceptance, a name or a rule of `jaxlm.decoding.speculative.rules`; default "match", which gives the tokens of
         plain decoding.
       tree: how many nodes a drafted tree has, or its `Template`; default the drafter's own.
       drafter_state: what an earlier request's `speculation.state` left: a warm start.
+      start: token ids that an encoder-decoder's text begins with (a language's, say), for all rows or for each; default the
+        config's. The result's tokens are those that follow.
       on_text: called after the prefill and then every `segment` steps with each row's new text. The pieces add up to the
         result's text: what may yet turn out to begin a stop string, or lacks bytes of a character, is held back.
       segment: steps of the loop between two looks of the host; only with `on_text`.
@@ -599,8 +700,8 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
                typical_p=typical_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
                frequency_penalty=frequency_penalty, logit_bias=logit_bias, banned_tokens=banned_tokens,
                stop_strings=stop_strings, eos=eos, key=key, logprobs=logprobs, dtype=dtype, drafter=drafter, rule=rule,
-               tree=tree, drafter_state=drafter_state)
-    pieces = None if on_text is None else _Pieces(model.tokenizer, job.stops)
+               tree=tree, drafter_state=drafter_state, start=start)
+    pieces = None if on_text is None else _Pieces(model.tokenizer, job.stops, job.sources is None)
     for state, spent in job.run(None if on_text is None else segment):  # noqa: B007 (the last is the result's)
         job.check(state)
         if pieces is not None:

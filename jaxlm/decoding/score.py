@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxlm import model
-from jaxlm.decoding.generate import Forward, bucket, encode
+from jaxlm import config, model
+from jaxlm.decoding.generate import Forward, Source, bucket, encode, padded, source_of, started
 from jaxlm.layers import embed
 from jaxlm.model import Model
 
@@ -17,9 +17,14 @@ CHUNK = 128  # tokens, of all rows together, whose logits exist at once
 
 
 @partial(jax.jit, static_argnames=("step",))
-def _score(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B T"]:
+def _score(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
+           source: Source | None) -> Float[Array, "B T"]:
     """The log-probability of token t + 1 at place t; junk at the last."""
-    out = model.forward(params, step.config, tokens, lengths=lengths, context=lengths, logits=False, dtype=step.dtype)
+    memory = None
+    if step.whole is not None:
+        memory = model.encode(params, step.whole, source.tokens, lengths=source.lengths, dtype=step.dtype)
+    out = model.forward(params, step.config, tokens, lengths=lengths, context=lengths, logits=False, dtype=step.dtype,
+                        memory=memory)
     tree = params["decoder"]
 
     def chunk(args: tuple[Array, Array]) -> Array:
@@ -40,30 +45,51 @@ def _score(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: In
     return jnp.moveaxis(scores, 0, 1).reshape(tokens.shape[0], -1)[:, :tokens.shape[1]]
 
 
-def score(model: Model, prompts: Any, *, dtype: Any = None) -> list[np.ndarray]:
-    """Natural-log probability of each token given those before it.
+def score(model: Model, prompts: Any, *, sources: Any = None, start: Any = None, dtype: Any = None) -> list[np.ndarray]:
+    """Natural-log probability of each token given those before it, and given a source where the model has an encoder.
 
     Args:
-      prompts: a string, token ids, or a list of either.
+      prompts: a string, token ids, or a list of either. Of an encoder-decoder what the decoder writes, from behind `start` to
+        the end-of-text token: a string gets that one at its end.
+      sources: what an encoder-decoder reads, for each prompt or one for all, as `generate` takes its prompts.
+      start: token ids that an encoder-decoder's text begins with, for all rows or for each; default the config's.
       dtype: of the computation; default that of the weights.
 
     Returns:
-      float32 [n] per prompt of n tokens; the first, which nothing precedes, is 0.
+      float32 [n] per prompt of n tokens; the first, which nothing precedes, is 0: not so of an encoder-decoder's, which
+      follows `start`.
 
     Raises:
-      ValueError: for bad prompts, named, or when the result is not finite.
+      ValueError: for bad prompts or sources, named, or when the result is not finite.
     """
-    rows = encode(model, prompts)
-    width = min(bucket(max(len(row) for row in rows)), model.config.length)
-    tokens = np.zeros((len(rows), width), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, :len(row)] = row
-    lengths = jnp.asarray([len(row) for row in rows], jnp.int32)
+    whole, cfg = isinstance(model.config, config.EncoderDecoder), model.decoder
+    texts, starts, source = encode(model, prompts, whole), None, None
+    if whole:
+        if sources is None:
+            raise ValueError("an encoder-decoder's text is scored given what its encoder reads: give sources")
+        read = encode(model, sources)
+        read = read * len(texts) if len(read) == 1 else read
+        if len(read) != len(texts):
+            raise ValueError(f"there must be one source or one for each of the {len(texts)} prompts, got {len(read)}")
+        starts, _ = started(model, read, start)
+        source = source_of(read, model.config.encoder.length)
+    elif sources is not None or start is not None:
+        raise ValueError("sources and start are for encoder-decoders; a decoder's text depends on nothing else")
+    begins = [[]] * len(texts) if starts is None else starts
+    rows = [[*begin, *text] for begin, text in zip(begins, texts, strict=True)]
+    longest = max(map(len, rows))
+    if longest > cfg.length:
+        raise ValueError(f"prompt {[len(row) for row in rows].index(longest)} has {longest} tokens with its start, the model's "
+                         f"context is {cfg.length}")
+    tokens, lengths = padded(rows, min(bucket(longest), cfg.length))
     with model.context():
-        scores = np.asarray(_score(Forward(model.config, dtype), model.ready, jnp.asarray(tokens), lengths))
-    out = [np.concatenate([np.zeros(1, np.float32), scores[i, :len(row) - 1]]) for i, row in enumerate(rows)]
-    for i, row in enumerate(out):
-        if not np.all(np.isfinite(row)):
+        step = Forward.of(model.config, dtype)
+        scores = np.asarray(_score(step, model.ready, jnp.asarray(tokens), jnp.asarray(lengths), source))
+    out = []
+    for i, (begin, row) in enumerate(zip(begins, rows, strict=True)):
+        known = np.concatenate([np.zeros(1, np.float32), scores[i, :len(row) - 1]])[len(begin):]
+        if not np.all(np.isfinite(known)):
             raise ValueError(f"the model's log-probabilities for prompt {i} are not finite: its weights hold NaN or infinite "
                              "values, or overflow in this dtype")
+        out.append(known)
     return out

@@ -6,6 +6,7 @@
 Which architectures: `jaxlm.io.families.families`.
 """
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -18,15 +19,15 @@ from jax.sharding import Mesh
 
 from jaxlm import sharding
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.io import assemble, families
+from jaxlm.io import assemble, families, sentence
 from jaxlm.io.gguf import GgufSource
 from jaxlm.io.huggingface import CONFIG, HuggingFaceSource, save
 from jaxlm.model import Model
 
 __all__ = ["load", "save"]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
-HUB_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
+HUB_FILES = ("*.json", "model*.safetensors", "*_Dense/model.safetensors", "*.model", "*.spm", "*.txt", "*.jinja")
 
 
 def load(path: str | os.PathLike[str], dtype: Any = None, mesh: Mesh | None = None) -> Model:
@@ -53,17 +54,28 @@ def load(path: str | os.PathLike[str], dtype: Any = None, mesh: Mesh | None = No
         raise ValueError(f"dtype must be a floating-point type like jnp.bfloat16, got {dtype!r}")
     found = _find(path)
     source = GgufSource(found) if found.is_file() else HuggingFaceSource(found)
-    cfg = families.read(source.config)
+    family = families.find(source.config)
+    cfg = family.settle(families.read(source.config), source)
+    if isinstance(source, HuggingFaceSource):
+        cfg = sentence.read(cfg, found)
+    elif source.vector is not None:
+        cfg = dataclasses.replace(cfg, head=source.vector)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    params = assemble.assemble(cfg, families.find(source.config), source, dtype, mesh)
+    params = assemble.assemble(cfg, family, source, dtype, mesh)
     if isinstance(source, GgufSource):
         there = "tokenizer.ggml.model" in source.tokenizer_fields
         tokenizer = Tokenizer.from_gguf(source.tokenizer_fields) if there else None
     else:
-        there = any((found / file).is_file() for file in TOKENIZER_FILES)
-        tokenizer = Tokenizer.from_directory(found) if there else None
+        there = any((found / file).is_file() for file in TOKENIZER_FILES) or _is_bytes(found)
+        tokenizer = sentence.lower(Tokenizer.from_directory(found), found) if there else None
     return Model(cfg, params, tokenizer)
+
+
+def _is_bytes(directory: pathlib.Path) -> bool:
+    """Whether the tokenizer is ByT5's, which has no file but its configuration."""
+    file = directory / "tokenizer_config.json"
+    return file.is_file() and '"ByT5Tokenizer"' in file.read_text(encoding="utf-8")
 
 
 def _find(path: str | os.PathLike[str]) -> pathlib.Path:

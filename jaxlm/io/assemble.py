@@ -37,14 +37,14 @@ def _some(names: set[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
-def _base(family: Family, cfg: config.Decoder, names: set[str]) -> str:
+def _base(family: Family, cfg: config.Config, names: set[str]) -> str:
     """Which of the family's prefixes these names have."""
     def present(base: str) -> int:
         return sum(name in names for place in places(family.table, base, cfg) for name in place.names)
     return max(family.bases, key=present)
 
 
-def _match(family: Family, cfg: config.Decoder, source: Source) -> list[tuple[Place, tuple[str, ...]]]:
+def _match(family: Family, cfg: config.Config, source: Source) -> list[tuple[Place, tuple[str, ...]]]:
     """Every place with the names of its tensors in this source.
 
     Raises:
@@ -102,7 +102,7 @@ def _index(index: tuple[slice, ...], shape: tuple[int, ...]) -> Index:
     return tuple((one.indices(size)[0], one.indices(size)[1]) for one, size in zip(index, shape, strict=True))
 
 
-def assemble(cfg: config.Decoder, family: Family, source: Source, dtype: Any, mesh: Mesh | None = None) -> PyTree:
+def assemble(cfg: config.Config, family: Family, source: Source, dtype: Any, mesh: Mesh | None = None) -> PyTree:
     """The model's weights out of a checkpoint.
 
     Args:
@@ -152,7 +152,7 @@ def _fill(source: Source, place: Place, name: str, repeat: int, buffers: list[di
                 raise ValueError(f"tensor {name} holds NaN or infinity (as {target.dtype})")
 
 
-def disassemble(params: PyTree, cfg: config.Decoder, family: Family) -> Iterator[tuple[str, np.ndarray]]:
+def disassemble(params: PyTree, cfg: config.Config, family: Family) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the checkpoint that the model would be saved as, under its name; the inverse of `assemble`.
 
     Raises:
@@ -167,7 +167,7 @@ def disassemble(params: PyTree, cfg: config.Decoder, family: Family) -> Iterator
     return _tensors(weights, cfg, family)
 
 
-def _tensors(weights: Mapping[str, Weight], cfg: config.Decoder, family: Family) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(weights: Mapping[str, Weight], cfg: config.Config, family: Family) -> Iterator[tuple[str, np.ndarray]]:
     for place in places(family.table, family.bases[0], cfg):
         parts = [np.asarray(dense(weights[path])) for path in place.paths]
         for repeat, name in enumerate(place.names):

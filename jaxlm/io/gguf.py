@@ -24,11 +24,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxlm.config import Pooling, Vector
+
 VERSIONS = (2, 3)
 
 # Value types of the metadata, by their number in the file: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+
+# `<architecture>.pooling_type`, of which 0 is none. llama.cpp makes vectors of length 1.
+POOLING = {1: Pooling.MEAN, 2: Pooling.FIRST, 3: Pooling.LAST}
 
 PARALLEL = 1 << 20  # numbers; a tensor with fewer is dequantised in one go
 
@@ -497,6 +502,34 @@ def _bloom(m: Metadata) -> dict[str, Any]:
         "seq_length": m.need("context_length"), "tie_word_embeddings": m.tied}
 
 
+def _encoder(m: Metadata) -> dict[str, Any]:
+    """What BERT and Nomic BERT share."""
+    if m.get("attention.causal", False):
+        raise m.unsupported(f"{m.architecture}.attention.causal is True")
+    cfg = _shape(m)
+    if cfg.pop("num_key_value_heads") != cfg["num_attention_heads"]:
+        raise m.unsupported("fewer key-value heads than query heads")
+    return cfg | {"tie_word_embeddings": True, "type_vocab_size": m.rows("token_types.weight"),
+                  "layer_norm_eps": m.need("attention.layer_norm_epsilon")}
+
+
+def _bert(m: Metadata) -> dict[str, Any]:
+    return _encoder(m) | {"model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu",
+                          "max_position_embeddings": m.rows("position_embd.weight")}
+
+
+def _nomic_bert(m: Metadata) -> dict[str, Any]:
+    return _encoder(m) | _rope(m) | {"model_type": "nomic_bert", "architectures": ["NomicBertModel"], "hidden_act": "silu"}
+
+
+def _vector(m: Metadata) -> Vector | None:
+    """What an encoder's pooling type says."""
+    kind = m.get("pooling_type", 0)
+    if kind and kind not in POOLING:
+        raise m.unsupported(f"pooling of type {kind}")
+    return Vector(POOLING[kind]) if kind else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """How one of llama.cpp's architectures becomes a Hugging Face one.
@@ -506,11 +539,13 @@ class Architecture:
       modules: the checkpoint's modules that may have a weight or a bias, by their Hugging Face names; {i} is a
         layer. May depend on the config.
       undo: what to do to the tensors of a module whose name ends so, to have them as the checkpoint has them.
+      encoder: whether it reads whole texts, and makes vectors of them if the metadata says how.
     """
 
     config: Callable[[Metadata], dict[str, Any]]
     modules: tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
     undo: Mapping[str, Undo] = dataclasses.field(default_factory=dict)
+    encoder: bool = False
 
 
 _OUTER = ("model.embed_tokens", "model.norm", "lm_head")
@@ -568,6 +603,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         *_BLOOM, "transformer.word_embeddings_layernorm", "transformer.h.{i}.input_layernorm",
         "transformer.h.{i}.post_attention_layernorm"),
         {"query_key_value": partial(_by_head, "n_head")}),
+    "bert": Architecture(_bert, (
+        "embeddings.word_embeddings", "embeddings.token_type_embeddings", "embeddings.position_embeddings",
+        "embeddings.LayerNorm", *(f"encoder.layer.{{i}}.{part}" for part in (
+            "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+            "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm"))), encoder=True),
+    "nomic-bert": Architecture(_nomic_bert, (
+        "embeddings.word_embeddings", "embeddings.token_type_embeddings", "emb_ln", *(
+            f"encoder.layers.{{i}}.{part}" for part in (
+                "attn.Wqkv", "attn.out_proj", "norm1", "mlp.fc11", "mlp.fc12", "mlp.fc2", "norm2"))), encoder=True),
 }
 
 
@@ -576,6 +620,7 @@ class GgufSource:
 
     Attributes:
       config: what the checkpoint's config.json said, as far as the file records it.
+      vector: how an encoder makes a vector of a text; None where the file does not say.
       tokenizer_fields: what `jaxlm.data.tokenizer.Tokenizer.from_gguf` reads.
 
     Raises:
@@ -585,6 +630,7 @@ class GgufSource:
     """
 
     config: dict[str, Any]
+    vector: Vector | None
     tokenizer_fields: dict[str, Any]
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -603,6 +649,7 @@ class GgufSource:
         tensors = self._place(infos, start)
         m = Metadata(self.path, fields, tensors, self._array)
         self.config = architecture.config(m)
+        self.vector = _vector(m) if architecture.encoder else None
         for key, neutral in NEUTRAL.items():
             value = fields.get(f"{name}.{key}", neutral[0])
             if key not in m.read and value not in neutral:

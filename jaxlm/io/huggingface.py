@@ -5,15 +5,22 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxlm.io import families
+from jaxlm.io import families, sentence
 from jaxlm.io.assemble import disassemble
+from jaxlm.io.names import VECTOR
 from jaxlm.model import Model
+from jaxlm.weight import is_weight
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
+# What an encoder-decoder's text begins with. Where there is a generation_config.json transformers asks it first, and it
+# alone for the second.
+STARTS = START, FORCED = "decoder_start_token_id", "forced_bos_token_id"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -45,7 +52,17 @@ class HuggingFaceSource:
         self.config: dict[str, Any] = read_json(self.directory / CONFIG)
         if not isinstance(self.config, dict):
             raise ValueError(f"{self.directory / CONFIG} does not hold an object")
+        generation = self.directory / GENERATION
+        if generation.is_file():
+            given = read_json(generation)
+            if not isinstance(given, dict):
+                raise ValueError(f"{generation} does not hold an object")
+            self.config = {key: value for key, value in self.config.items() if key != FORCED} | {
+                key: given[key] for key in STARTS if given.get(key) is not None}
         places = self._places()
+        product = sentence.modules(self.directory)[1]
+        if product is not None:
+            places |= self._names(product)
         self._files = {file: self._open(file) for file in sorted(set(places.values()))}
         held = {name: file for file, opened in self._files.items() for name in opened.keys()}
         lost = sorted(name for name in places if name not in held)
@@ -73,8 +90,10 @@ class HuggingFaceSource:
         if files:
             raise ValueError(f"{self.directory} has {', '.join(files)} and no {INDEX} that says which belong together")
         other = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.h5") for file in self.directory.glob(pattern))
-        note = (f"; it has {', '.join(other)}: load these in transformers and save them anew, it then writes safetensors"
-                if other else "")
+        how = ("load these in transformers and save them anew, it then writes safetensors"
+               if any(not file.startswith("pytorch_model") for file in other) else
+               f"`python -m infer.convert --from {self.directory} --to NEW` makes safetensors of that")
+        note = f"; it has {', '.join(other)}: {how}" if other else ""
         raise ValueError(f"{self.directory} has no weights: neither {WEIGHTS} nor {INDEX} is there{note}")
 
     def _names(self, file: str) -> dict[str, str]:
@@ -109,8 +128,13 @@ class HuggingFaceSource:
 def save(model: Model, path: str | os.PathLike[str], *, family: str | None = None, shard_bytes: int = 2 << 30) -> None:
     """Writes a directory that transformers loads: config.json, safetensors in the weights' dtype, the tokenizer's files.
 
+    Of an encoder whose head is a `config.Vector` it is one that sentence-transformers loads: see `jaxlm.io.sentence`. Of one
+    without head there is no pooler: transformers lists BERT's, RoBERTa's or MPNet's as missing, starts it at random, and gives
+    the hidden states all the same; `add_pooling_layer=False` leaves it out.
+
     Args:
       family: which architecture to save as (`jaxlm.io.families.families`); by default the first that can express the model.
+        An mT5 whose head is not tied is a T5 1.1 but for its name, and saved as one unless "mt5" is asked for.
       shard_bytes: a file's size before another is begun; about that much is in memory beside the model.
 
     Raises:
@@ -125,26 +149,36 @@ def save(model: Model, path: str | os.PathLike[str], *, family: str | None = Non
     held = sorted(file.name for file in directory.glob("*.safetensors*"))
     if held:
         raise ValueError(f"{directory} holds weights already: {', '.join(held)}")
-    chosen, values = families.write(model.config, family)
+    chosen, values = families.write(sentence.without(model.config), family)
     tensors = disassemble(model.params, model.config, chosen)
     directory.mkdir(parents=True, exist_ok=True)
-    _write_weights(directory, tensors, shard_bytes)
+    product = sentence.write(model.config, directory)
+    _write_weights(directory, tensors, shard_bytes, product)
     # Always written: transformers' own defaults for a class would be some other vocabulary's.
-    special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | chosen.special
     if model.tokenizer is not None:
         model.tokenizer.save(directory)
         ends = list(model.tokenizer.eos_ids)
-        special = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-                   "pad_token_id": model.tokenizer.pad_id}
-    dtype = str(model.params["decoder"]["embedding"]["tokens"].dtype)
+        known = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+                 "pad_token_id": model.tokenizer.pad_id}
+        special |= {key: value for key, value in known.items() if value is not None}
+    dtype = str(jax.tree.leaves(model.params, is_leaf=is_weight)[0].dtype)
+    starts = {key: values[key] for key in STARTS if values.get(key) is not None}
+    if starts:  # where there is such a file, transformers looks in no other
+        generation = directory / GENERATION
+        given = read_json(generation) if generation.is_file() else {}
+        given.pop(FORCED, None)
+        generation.write_text(json.dumps(given | starts, indent=2) + "\n", encoding="utf-8")
     # Last, so that a directory that has it is whole.
-    (directory / CONFIG).write_text(json.dumps(values | special | {"torch_dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-    for file in directory.glob("*.safetensors"):  # which the package makes readable for nobody else
+    (directory / CONFIG).write_text(json.dumps(special | values | {"torch_dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+    for file in directory.glob("**/*.safetensors"):  # which the package makes readable for nobody else
         file.chmod((directory / CONFIG).stat().st_mode)
 
 
-def _write_weights(directory: pathlib.Path, tensors: Any, shard_bytes: int) -> None:
-    """One file, or numbered ones and their index."""
+def _write_weights(directory: pathlib.Path, tensors: Any, shard_bytes: int, product: str | None) -> None:
+    """One file, or numbered ones and their index; what `names.VECTOR` names goes to the file `product`."""
+    vector = {row.theirs for row in VECTOR}
+    apart: dict[str, np.ndarray] = {}
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     size = total = 0
@@ -156,6 +190,9 @@ def _write_weights(directory: pathlib.Path, tensors: Any, shard_bytes: int) -> N
         pending.clear()
 
     for name, tensor in tensors:
+        if product is not None and name in vector:
+            apart[name] = tensor
+            continue
         if pending and size + tensor.nbytes > shard_bytes:
             flush()
             size = 0
@@ -163,6 +200,8 @@ def _write_weights(directory: pathlib.Path, tensors: Any, shard_bytes: int) -> N
         size += tensor.nbytes
         total += tensor.nbytes
     flush()
+    if product is not None:
+        safetensors.numpy.save_file(apart, directory / product, metadata={"format": "pt"})
     if len(shards) == 1:
         (directory / "model-00001.safetensors").rename(directory / WEIGHTS)
         return

@@ -7,8 +7,10 @@ transposition and saving is the same backwards.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,17 +20,19 @@ from jaxlm.params import Param, paths
 
 @dataclass(frozen=True)
 class Row:
-    """One of their tensors: [out, in], or with `out_axis` 1 [in, out], or a vector [out].
+    """One of their tensors: [out, in], or with `out_axis` 1 [in, out], or a vector [out], or with `out_axis` 1 [1, out].
 
     Attributes:
-      ours: paths of the weights it holds; "{block}" stands for a place in the stack.
+      ours: paths of the weights it holds; "{block}" stands for a place in the stack of `side`.
       theirs: its name; "{base}" stands for the prefix of all but the head, "{i}" for the layer.
       out_axis: the dimension of a matrix along which outputs lie.
       blocks: several weights follow one another along the outputs, and do so in this many equal runs: 1 is all of q, then k,
         then v; None is as many as there are key-value heads.
       also: other names it goes by, looked for where the first is missing.
       twins: names it also goes by where the head is tied to the embedding.
-      when: which blocks it is about; None is all.
+      when: which blocks it is about, or outside the stack which models; None is all.
+      plain: a table that lies there as it does here.
+      side: "decoder" or "encoder", whose blocks these are.
     """
 
     ours: tuple[str, ...]
@@ -37,7 +41,16 @@ class Row:
     blocks: int | None = 1
     also: tuple[str, ...] = ()
     twins: tuple[str, ...] = ()
-    when: Callable[[config.Block], bool] | None = None
+    when: Callable[[Any], bool] | None = None
+    plain: bool = False
+    side: str = "decoder"
+
+
+def of_encoder(*rows: Row) -> tuple[Row, ...]:
+    """Rows of a decoder as an encoder's."""
+    def turned(path: str) -> str:
+        return re.sub("^decoder/", "encoder/", path)
+    return tuple(dataclasses.replace(row, side="encoder", ours=tuple(map(turned, row.ours))) for row in rows)
 
 
 def linear(ours: str | tuple[str, ...], theirs: str, *, out_axis: int = 0, blocks: int | None = 1,
@@ -60,6 +73,15 @@ def head(theirs: str, *also: str) -> tuple[Row, Row]:
             Row(("decoder/head/bias",), f"{theirs}.bias", also=tuple(f"{name}.bias" for name in also)))
 
 
+def _product_of_vectors(side: Any) -> bool:
+    return isinstance(side.head, config.Vector)
+
+
+# The product of an encoder's `Vector`, a file of its own: see `jaxlm.io.sentence`.
+VECTOR = (Row(("encoder/head/out",), "linear.weight", when=_product_of_vectors, side="encoder"),
+          Row(("encoder/head/bias",), "linear.bias", when=_product_of_vectors, side="encoder"))
+
+
 @dataclass(frozen=True)
 class Place:
     """A row of the table at one place of a model: the leaves of ours, and a tensor of theirs for each repeat of the block.
@@ -70,6 +92,7 @@ class Place:
       names: their tensors, one per repeat; a single one outside the stack.
       also: for each of `names` the other names it goes by.
       stacked: whether our leaves have a leading axis over the repeats.
+      out_axis, blocks, plain: the row's.
     """
 
     paths: tuple[str, ...]
@@ -79,6 +102,7 @@ class Place:
     stacked: bool
     out_axis: int
     blocks: int
+    plain: bool
 
     def _sizes(self) -> tuple[int, list[int]]:
         """How many inputs the tensor has (1 for a vector), and how many outputs each part."""
@@ -88,8 +112,10 @@ class Place:
     @property
     def shape(self) -> tuple[int, ...]:
         """What shape each of their tensors has."""
+        if self.plain:
+            return self.parts[0].shape
         inputs, outputs = self._sizes()
-        if not self.parts[0].inputs:
+        if not self.parts[0].inputs and self.out_axis == 0:
             return (sum(outputs),)
         return (sum(outputs), inputs) if self.out_axis == 0 else (inputs, sum(outputs))
 
@@ -101,6 +127,8 @@ class Place:
 
     def split(self, tensor: np.ndarray) -> list[np.ndarray]:
         """Our weights of one layer out of their tensor: views of it wherever NumPy can make one."""
+        if self.plain:
+            return [tensor]
         inputs, outputs = self._sizes()
         if self.out_axis == 0:
             runs = tensor.reshape(self.blocks, sum(outputs) // self.blocks, inputs)
@@ -117,6 +145,8 @@ class Place:
 
     def join(self, weights: list[np.ndarray]) -> np.ndarray:
         """Their tensor of one layer: what `split` undoes."""
+        if self.plain:
+            return weights[0]
         inputs, outputs = self._sizes()
         runs = []
         for part, weight, size in zip(self.parts, weights, outputs, strict=True):
@@ -128,7 +158,7 @@ class Place:
         return np.ascontiguousarray(tensor.reshape(self.shape))
 
 
-def places(table: tuple[Row, ...], base: str, cfg: config.Decoder) -> tuple[Place, ...]:
+def places(table: tuple[Row, ...], base: str, cfg: config.Config) -> tuple[Place, ...]:
     """Where every weight of the model lies.
 
     Raises:
@@ -143,23 +173,29 @@ def places(table: tuple[Row, ...], base: str, cfg: config.Decoder) -> tuple[Plac
     return found
 
 
-def _expand(row: Row, base: str, cfg: config.Decoder, leaves: Mapping[str, Param]) -> Iterator[Place]:
+def _expand(row: Row, base: str, cfg: config.Config, leaves: Mapping[str, Param]) -> Iterator[Place]:
+    sides = {"encoder": cfg.encoder, "decoder": cfg.decoder} if isinstance(cfg, config.EncoderDecoder) else {
+        "decoder" if isinstance(cfg, config.Decoder) else "encoder": cfg}
+    side = sides.get(row.side)
+    if side is None:
+        return
     if "{block}" not in row.ours[0]:
-        if row.ours[0] in leaves:
-            also = tuple(name.format(base=base) for name in row.also + (row.twins if cfg.head.tied else ()))
+        if row.ours[0] in leaves and (row.when is None or row.when(cfg)):
+            tied = isinstance(side.head, config.Head) and side.head.tied
+            also = tuple(name.format(base=base) for name in row.also + (row.twins if tied else ()))
             yield Place(row.ours, tuple(leaves[path] for path in row.ours), (row.theirs.format(base=base),), (also,), False,
-                        row.out_axis, row.blocks or 1)
+                        row.out_axis, row.blocks or 1, row.plain)
         return
     layer = 0
-    for g, group in enumerate(cfg.stack.groups):
+    for g, group in enumerate(side.stack.groups):
         for p, block in enumerate(group.pattern):
-            ours = tuple(path.format(block=f"decoder/blocks/{g}/{p}") for path in row.ours)
+            ours = tuple(path.format(block=f"{row.side}/blocks/{g}/{p}") for path in row.ours)
             if ours[0] in leaves and (row.when is None or row.when(block)):
                 layers = range(layer + p, layer + group.repeats * len(group.pattern), len(group.pattern))
                 yield Place(ours, tuple(_one(leaves[path]) for path in ours),
                             tuple(row.theirs.format(base=base, i=i) for i in layers),
                             tuple(tuple(name.format(base=base, i=i) for name in row.also) for i in layers), True,
-                            row.out_axis, block.attention.kv_heads if row.blocks is None else row.blocks)
+                            row.out_axis, block.attention.kv_heads if row.blocks is None else row.blocks, row.plain)
         layer += group.repeats * len(group.pattern)
 
 

@@ -17,6 +17,7 @@ ACTIVATIONS = {
     config.Activation.GELU_TANH: partial(jax.nn.gelu, approximate=True),
     config.Activation.RELU: jax.nn.relu,
     config.Activation.SQUARED_RELU: lambda x: jnp.square(jax.nn.relu(x)),
+    config.Activation.TANH: jnp.tanh,
 }
 
 

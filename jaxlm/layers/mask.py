@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxlm import config
+from jaxlm.cache import Memory
 from jaxlm.layers import position
 
 
@@ -23,7 +24,10 @@ class Context:
       prefix: int32 [B, T] or None; keys before this position are seen from earlier queries too, where the causal rule holds.
       length: int32 [B] or None; committed slots of each row of the cache.
       rotations: cosines and sines by (Rope, rotated width): see `jaxlm.layers.position.rotations`.
+      bias: what the stack's layers share of a relative bias, or None.
+      source: an encoded source, or None.
       ordered: whether it is known that no token sees one that stands behind it.
+      counted: whether it is known that positions of tokens that see each other are as far apart as their places.
     """
 
     positions: Int[Array, "B T"]
@@ -32,7 +36,10 @@ class Context:
     prefix: Int[Array, "B T"] | None
     length: Int[Array, "B"] | None
     rotations: dict[Any, Any]
+    bias: position.Shared | None = None
+    source: Memory | None = None
     ordered: bool = flax.struct.field(pytree_node=False, default=False)
+    counted: bool = flax.struct.field(pytree_node=False, default=False)
 
     def until(self, end: int) -> "Context":
         """Of the first `end` tokens. Their rotations stay as they are."""
@@ -41,8 +48,8 @@ class Context:
         return self.replace(positions=self.positions[:, :end], segments=segments, prefix=prefix, mask=rows)
 
 
-def _count(batch: int, width: int, length: Array | None, segments: Array | None,
-           lengths: Array | None) -> Int[Array, "B T"]:
+def count(batch: int, width: int, length: Array | None, segments: Array | None,
+          lengths: Array | None) -> Int[Array, "B T"]:
     """Positions from the cache's length on; restarting in each segment, -1 in segment 0 and from each row's `lengths` on."""
     index = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (batch, width))
     if segments is None:
@@ -65,12 +72,14 @@ def describe(layers: Iterable[config.Attention], batch: int, width: int, positio
       total: tokens each row will hold when its text is complete; default up to the largest position.
       lengths: how many of the T tokens there are, where no positions are given.
     """
-    ordered = positions is None and prefix is None
+    counted = positions is None
+    ordered = counted and prefix is None
     if positions is None:
-        positions = _count(batch, width, length, segments, lengths)
+        positions = count(batch, width, length, segments, lengths)
     reach = jnp.max(positions, axis=1) + 1 if total is None else total
     reach = jnp.maximum(reach[:, None], positions + 1)
-    return Context(positions, segments, mask, prefix, length, position.rotations(layers, positions, reach), ordered)
+    return Context(positions, segments, mask, prefix, length, position.rotations(layers, positions, reach), ordered=ordered,
+                   counted=counted)
 
 
 def among(cfg: config.Attention, context: Context, queries: Context | None = None) -> Bool[Array, "B Q T"]:
@@ -99,3 +108,11 @@ def committed(cfg: config.Attention, context: Context, slots: int) -> Bool[Array
     if cfg.window is not None:
         allowed = allowed & (context.positions[:, :, None] - slot < cfg.window)
     return jnp.broadcast_to(allowed, (*context.positions.shape, slots))
+
+
+def source(context: Context) -> Bool[Array, "B T|1 S"]:
+    """Which tokens of the encoded source each of the T tokens may see; where there are no segments, all see the same."""
+    segments = context.source.segments
+    if context.segments is None:
+        return (segments == 1)[:, None]
+    return (segments[:, None, :] == context.segments[:, :, None]) & (segments != 0)[:, None]

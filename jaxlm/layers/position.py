@@ -1,4 +1,4 @@
-"""Rotary angles and their scalings, and the ALiBi bias.
+"""Rotary angles and their scalings, the biases of ALiBi and T5, and fixed sines.
 
 Frequencies are computed in float64 NumPy from the config and rounded once. A scaling that depends on how long the context is
 (dynamic NTK, LongRoPE) is a function of `context` [B, T]: the number of tokens that the row holds when the token is
@@ -9,12 +9,14 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlm import config
+from jaxlm.params import Param, normal
 
 
 def _inverse(base: float, width: int) -> np.ndarray:
@@ -125,3 +127,77 @@ def alibi_bias(cfg: config.Alibi, kv_heads: int, queries: Int[Array, "B T"],
         return rounded(rounded(slope) * rounded(keys.astype(jnp.float32))[:, None, None, None])
     distance = jnp.abs(keys[:, None, :] - queries[:, :, None]).astype(jnp.float32)
     return -slope * distance[:, None, None]
+
+
+def sinusoids(cfg: config.Sinusoidal, width: int, positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Sines, then cosines, float32; a last odd dimension is 0. Beyond 2^24 positions are no longer told apart."""
+    pairs = width // 2
+    inverse = cfg.base ** -(np.arange(pairs) / (max(pairs - 1, 1) if cfg.reaching else pairs))
+    angles = (positions + cfg.offset).astype(jnp.float32)[..., None] * jnp.asarray(inverse[None, None], jnp.float32)
+    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(waves, ((0, 0), (0, 0), (0, width % 2)))
+
+
+def relative_spec(cfg: config.RelativeBias, heads: int) -> Param:
+    """The table, [buckets, N]."""
+    return Param((cfg.buckets, heads), (None, "heads"), normal(0.02))
+
+
+def buckets(cfg: config.RelativeBias) -> Int[np.ndarray, " differences"]:
+    """The bucket of each difference key - query from -distance to distance; those beyond are as these.
+
+    Example:
+      >>> buckets(config.RelativeBias(buckets=8, distance=16))[8:18].tolist()
+      [6, 5, 5, 4, 4, 3, 2, 1, 0, 0]
+    """
+    difference = np.arange(-cfg.distance, cfg.distance + 1)
+    count, first = cfg.buckets, np.zeros_like(difference)
+    if cfg.bidirectional:
+        count //= 2
+        first = np.where(difference > 0, count, 0)
+        away = np.abs(difference)
+    else:
+        away = np.maximum(-difference, 0)
+    exact = count // 2
+    # In float32, as the models were trained: it decides which side of a border a distance falls on.
+    grown = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(cfg.distance / exact))
+    far = np.minimum(exact + (grown * np.float32(count - exact)).astype(np.int64), count - 1)
+    return first + np.where(away < exact, away, far)
+
+
+def _by_difference(cfg: config.RelativeBias, table: Float[Array, "U N"],
+                   differences: Int[Array, "..."]) -> Float[Array, "... N"]:
+    values = jnp.take(table.astype(jnp.float32), jnp.asarray(buckets(cfg)), axis=0)
+    return jnp.take(values, jnp.clip(differences, -cfg.distance, cfg.distance) + cfg.distance, axis=0, mode="clip")
+
+
+def relative_bias(cfg: config.RelativeBias, table: Float[Array, "U N"], queries: Int[Array, "B T"],
+                  keys: Int[Array, "B S"]) -> Float[Array, "B N T S"]:
+    """What is added to the scores, float32, for tokens at any positions."""
+    return jnp.moveaxis(_by_difference(cfg, table, keys[:, None, :] - queries[:, :, None]), -1, 1)
+
+
+def relative_bias_of_run(cfg: config.RelativeBias, table: Float[Array, "U N"], start: Int[Array, ""], queries: int,
+                         keys: int) -> Float[Array, "1 N T S"]:
+    """The same for a run of queries from place `start` on, and keys from place 0 on: no number is looked up for every pair."""
+    length = queries + keys
+    line = _by_difference(cfg, table, jnp.arange(length, dtype=jnp.int32) - (queries - 1) - start).T
+    # Rows one shorter than the line that fills them begin one later each: row i is the line from place queries - 1 - i on.
+    tiled = jnp.broadcast_to(line[:, None, :], (line.shape[0], queries, length)).reshape(line.shape[0], -1)
+    rows = tiled[:, :queries * (length - 1)].reshape(line.shape[0], queries, length - 1)
+    return rows[None, :, :, queries - 1:queries - 1 + keys]
+
+
+@flax.struct.dataclass
+class Shared:
+    """A relative bias that all layers of a stack share.
+
+    Attributes:
+      table: [buckets, N].
+      among: float32 [B or 1, N, T, T], of the T tokens among themselves, where T is small enough to keep it.
+      committed: float32 [B, N, T, S], of the T tokens and the slots of the cache.
+    """
+
+    table: Float[Array, "U N"]
+    among: Float[Array, "B N T T"] | None = None
+    committed: Float[Array, "B N T S"] | None = None

@@ -129,7 +129,7 @@ class _Signals:
 
 @dataclasses.dataclass(frozen=True)
 class _Flight:
-    """A step under way; its batch is this process's, its tokens are all that all processes computed with."""
+    """A step under way; its batch is this process's, its tokens are all that all processes computed with, read and asked."""
 
     step: int
     metrics: Metrics
@@ -140,7 +140,7 @@ class _Flight:
 
 def fit(advance: Callable[[State, PyTree], tuple[State, Metrics]], state: State, batches: Iterator[Mapping[str, np.ndarray]], *,
         place: Callable[[Mapping[str, np.ndarray]], PyTree], settings: Settings, report: Report,
-        checkpoints: Checkpoints | None = None, evaluate: Callable[[PyTree], Mapping[str, float]] | None = None,
+        checkpoints: Checkpoints | None = None, evaluate: Callable[[PyTree, PyTree], Mapping[str, float]] | None = None,
         rate: Callable[[Any], Any] | None = None, flops_per_token: float | None = None, peak: float | None = None,
         documents: Callable[[Mapping[str, np.ndarray], int], Mapping[int, Sequence[tuple[int, int, int]]]] | None = None,
         start: int = 0) -> Fitted:
@@ -152,9 +152,10 @@ def fit(advance: Callable[[State, PyTree], tuple[State, Metrics]], state: State,
       advance: compiled by `jax.jit`: the step, which may consume the state.
       batches: of this process's rows, see `jaxlm.data.stream.Batches`.
       place: puts them on the devices; their "state" is what checkpoints keep of them.
-      evaluate: of the weights: "loss" and, to choose checkpoints by, "bits_per_byte"; one serves the checkpoint of its step.
+      evaluate: of the weights and what the loss hands on: "loss" and, to choose checkpoints by, "bits_per_byte"; one serves the
+        checkpoint of its step.
       rate: the learning rate of a step, for the record; traceable.
-      flops_per_token: of the whole step, and `peak`: what all chips could do in a second.
+      flops_per_token: of the whole step, inputs counted, and `peak`: what all chips could do in a second.
       documents: what a batch of a step (from 0) was made of, see `jaxlm.data.stream.Batches.documents`; to name it.
       start: steps done before.
 
@@ -248,7 +249,8 @@ class _Loop:
         rate = None if self.rate is None else self.rate(np.int32(self.step))
         self.state, metrics = self.compiled(self.state, batch)
         self.step, self.rows = self.step + 1, rows
-        self.flights.append(_Flight(self.step, metrics, rate, host, len(rows) * host["segments"].shape[1]))
+        tokens = len(rows) * sum(part.shape[1] for part in _segments(host))
+        self.flights.append(_Flight(self.step, metrics, rate, host, tokens))
         self._settle(AHEAD)
         if self.settings.profile is not None and self.step - self.start == sum(self.settings.profiled):
             self._settle(0)
@@ -273,7 +275,7 @@ class _Loop:
             speed = (self.seen - before) / max(self.clock[-1][0] - then, 1e-9)
             record = {"step": flight.step, "loss": float(metrics.loss), "gradient_norm": float(metrics.gradient_norm),
                       "tokens": flight.tokens, "weight": float(metrics.weight), "tokens_per_s": speed,
-                      "padding": float(np.mean(flight.batch["segments"] == 0))}
+                      "padding": float(np.mean(np.concatenate(_segments(flight.batch), axis=1) == 0))}
             record |= {name: float(value) for name, value in metrics.aux.items()}
             if rate is not None:
                 record["learning_rate"] = float(rate)
@@ -304,7 +306,8 @@ class _Loop:
         if self.evaluate is None or self.evaluated == self.step:
             return
         with self._aside("evaluation"):
-            self.found = self.evaluate(self.state.params if self.state.average is None else self.state.average)
+            weights = self.state.params if self.state.average is None else self.state.average
+            self.found = self.evaluate(weights, self.state.carry)
             self.report.evaluation({"step": self.step, **self.found})
         self.evaluated = self.step
 
@@ -328,6 +331,11 @@ class _Loop:
         """Tokens per second are those of steps from now on."""
         self.clock.clear()
         self.clock.append((time.perf_counter(), self.seen))
+
+
+def _segments(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Those of every sequence that a row has: of pairs two."""
+    return [batch[name] for name in ("input_segments", "segments") if name in batch]
 
 
 def _every(steps: int | None, step: int) -> bool:

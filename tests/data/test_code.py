@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jaxlm.data import code
-from jaxlm.data.code import Code, SourceCode, files, split_of
+from jaxlm.data.code import Code, Functions, SourceCode, files, split_of
 
 
 @pytest.fixture
@@ -114,6 +114,20 @@ def test_endings_of_the_standard_library(tmp_path, monkeypatch):
                  for ending in endings) for text in Code(split, endings=endings, directory=str(tmp_path / "d")).open()]
         assert sorted(found) == [f"# {ending[1:]} {i}\n" for ending in endings for i in range(9)]
     assert f"python_{platform.python_version()}" in built(tmp_path / "d")
+
+
+def test_functions_of_files(folder, tmp_path):
+    function = "def f{}():\n    'Says.'\n    return 1\n"
+    for name in range(20):
+        (folder / f"f{name}.py").write_text(f"import a\n{function.format(name)}{function.format('')}")
+    source = Code("train", str(folder), directory=str(tmp_path / "d"))
+    want = {function.format(name) for name in range(20) if split_of(f"f{name}.py") == "train"} | {function.format("")}
+    found = Functions(source).open()
+    assert set(found) == want and len(found) == len(want) > 10  # the one that is everywhere comes once
+    for path in folder.glob("f[0-9]*.py"):
+        path.unlink()
+    with pytest.raises(ValueError, match="Code.*has no Python functions with docstrings"):
+        Functions(source).open()
 
 
 def test_nothing_needs_tensorflow(folder, tmp_path):

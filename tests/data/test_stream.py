@@ -282,6 +282,21 @@ def test_documents_that_an_objective_has_no_use_for_are_left_out(monkeypatch):
         next(found)
 
 
+class Whole(CausalLM):
+    """Of documents of 20 tokens; pieces are of no use."""
+
+    def example(self, tokens, random):
+        if len(tokens) < 20:
+            raise ValueError("this is no document")
+        return super().example(tokens, random)
+
+
+def test_what_is_of_no_use_cut_begins_the_next_row():
+    batches = take(Batches(plan(Documents((20,) * 6), objective=Whole(), rows=1), ahead=0), 6)
+    assert all(batch["segments"].max() == 1 and (batch["segments"] == 1).sum() == 19 for batch in batches)
+    assert {int(batch["tokens"][0, 0]) // 1000 for batch in batches} == set(range(6))
+
+
 def test_rows_too_short_for_any_example_are_an_error():
     with Batches(plan(Documents((20,)), objective=SPANS, length=3), ahead=0) as found, \
             pytest.raises(ValueError, match="rows of 3 tokens hold no example of AsText"):

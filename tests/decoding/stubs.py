@@ -20,7 +20,7 @@ class Bytes:
     `words` gives some ids other bytes to stand for.
     """
 
-    eos_ids = (EOS, EOT)
+    eos_id, eos_ids, target = EOS, (EOS, EOT), None
     size = 259
 
     def __init__(self, words=None):
@@ -80,6 +80,32 @@ def random(name, length=64):
     """Random weights."""
     cfg = dataclasses.replace(DECODERS[name], length=length)
     return model.Model(cfg, tiny.weights(model.spec(cfg)), Bytes())
+
+
+# As T5, and sides that differ in width, positions and norms, where a block does not look at the source and one has a relative
+# bias of its own.
+ENCODER_DECODERS = {
+    "relative": config.EncoderDecoder(
+        tiny.encoder([tiny.block(position=config.RelativeBias(8, 6, True), causal=False)],
+                     embedding=config.Embedding(VOCABULARY)),
+        decoder(*[tiny.block(position=config.RelativeBias(8, 6), cross=tiny.cross())] * 2), (0,)),
+    "sides": config.EncoderDecoder(
+        tiny.encoder([tiny.block(config.PostNorm(config.LayerNorm()), position=None, causal=False)], None, None,
+                     config.Embedding(256, position=config.Learned(66, 2)), width=12),
+        decoder(tiny.block(position=config.RelativeBias(8, 6, shared=False)),
+                tiny.block(config.PostNorm(config.LayerNorm()), position=None, cross=tiny.cross(12, bias=True, out_bias=True)),
+                position=config.Learned(66, offset=2), head=config.Head(tied=False)), (3, 1), shared=False),
+}
+
+
+@functools.cache
+def with_source(name):
+    """Random weights of an encoder-decoder; those of "sides" stay stacked, so that generation scans over layers."""
+    cfg = ENCODER_DECODERS[name]
+    lm = model.Model(cfg, tiny.weights(model.spec(cfg)), Bytes())
+    if name == "sides":
+        lm.__dict__["ready"] = lm.params
+    return lm
 
 
 LENGTH = 64

@@ -109,3 +109,48 @@ def test_greedy_text_has_the_best_score_at_every_step():
         others = score(lm, [[*text[:place], token] for token in range(stubs.VOCABULARY)])
         assert int(np.argmax([row[place] for row in others])) == text[place]
         np.testing.assert_allclose(max(row[place] for row in others), out.logprobs[0][place - 3], atol=1e-4)
+
+
+SOURCES = [[5, 6, 7, 8], [9], list(range(20, 33))]
+
+
+@pytest.mark.parametrize("name", stubs.ENCODER_DECODERS)
+def test_a_text_is_scored_given_its_source(name):
+    """Against one forward pass of each pair alone, and as generation says of what it wrote."""
+    lm, texts = stubs.with_source(name), random_ids(7, 1, 4)
+    begins = list(lm.config.start)
+    for source, text, scores in zip(SOURCES, texts, score(lm, texts, sources=SOURCES), strict=True):
+        logits = whole_text.encoder_decoder(lm.params, lm.config, [source], [[*begins, *text]])[0]
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, expected(logits, [*begins, *text])[len(begins):], atol=1e-4)
+    [alone] = score(lm, texts[0], sources=SOURCES[1:2], start=[11])
+    logits = whole_text.encoder_decoder(lm.params, lm.config, SOURCES[1:2], [[11, *texts[0]]])[0]
+    np.testing.assert_allclose(alone, expected(logits, [11, *texts[0]])[1:], atol=1e-4)
+
+
+def test_one_source_for_all_and_text_with_its_end():
+    lm = stubs.with_source("relative")
+    one, other, again = score(lm, ["abc", [*b"abc", stubs.EOS], [*b"abd", stubs.EOS]], sources="xyz")
+    np.testing.assert_array_equal(one, other)
+    assert len(one) == 4 and one[0] == again[0] != 0 and one[2] != again[2]
+    [written] = score(lm, ["abc"], sources=[[stubs.BOS, *b"xyz"]])
+    np.testing.assert_allclose(written, one, atol=1e-5)
+    starts = [[0], [7, 8], [0]]
+    some = score(lm, ["abc"] * 3, sources="xyz", start=starts)
+    for found, each in zip(some, score(lm, ["abc"] * 3, sources=["xyz"] * 3, start=starts), strict=True):
+        np.testing.assert_array_equal(found, each)
+    np.testing.assert_allclose(some[2], one, atol=1e-5)
+    assert some[1][0] != one[0]
+
+
+@pytest.mark.parametrize(("name", "prompts", "given", "message"), [
+    ("relative", [[1]], {}, "give sources"),
+    ("relative", [[1], [2], [3]], {"sources": [[1], [2]]}, "one for each of the 3 prompts, got 2"),
+    ("relative", [[1]], {"sources": [[260]]}, "prompt 0 holds token id 260"),
+    ("relative", [[1], [1] * 64], {"sources": [[1]]}, "prompt 1 has 65 tokens with its start, the model's context is 64"),
+    ("learned", [[1]], {"sources": [[1]]}, "sources and start are for encoder-decoders"),
+], ids=str)
+def test_bad_sources_are_named(name, prompts, given, message):
+    lm = stubs.random(name) if name in stubs.DECODERS else stubs.with_source(name)
+    with pytest.raises(ValueError, match=message):
+        score(lm, prompts, **given)

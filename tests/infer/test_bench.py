@@ -15,6 +15,7 @@ import jaxlm
 from infer import bench, machine, reference, session
 from jaxlm import config, model, params
 from jaxlm.data.tokenizer import Tokenizer
+from tests.io.goldens import make_bart
 
 FIELDS = {
     "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": [],
@@ -340,6 +341,26 @@ def test_transformers_answers_like_jaxlm(tiny):
             assert answer.emitted[0] <= len(answer.tokens[0]) - 1 and 0 < answer.calls[0] <= 11
             assert lookup is not None or answer.emitted == answer.calls
             assert answer.seconds > answer.decode > 0
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_answers_like_jaxlm_from_a_source(tmp_path):
+    """Behind a start of two tokens; what its own settings force and ban there is not done."""
+    made = make_bart.build(make_bart.CASES["bart"])
+    prompt, settings = make_bart.SOURCES[0], {"forced_bos_token_id": 0, "forced_eos_token_id": 2}
+    made.generation_config.update(**settings, no_repeat_ngram_size=1, min_length=5)
+    made.save_pretrained(tmp_path)
+    lm = jaxlm.load(tmp_path)
+    assert lm.config.start == (2, 0)
+    expected = jaxlm.generate(lm, [prompt], make_bart.NEW, eos=()).tokens[0].tolist()
+    with reference.serving(lm) as pipe:
+        for lookup in (None, 3):
+            pipe.send(reference.Job((prompt,), make_bart.NEW, (), lookup))
+            reply = pipe.recv()
+            assert reply.tokens[0] == expected and reply.first >= 1
+            assert lookup is not None or (reply.first, reply.calls) == (1, make_bart.NEW)
+    assert expected[0] == expected[1]  # which those settings would not have let be
 
 
 def test_bandwidth_is_bytes_over_seconds(monkeypatch):

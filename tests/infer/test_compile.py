@@ -15,6 +15,7 @@ import tyro
 from infer import compile as program
 from infer import hlo
 from jaxlm import cache, config, model, params
+from jaxlm.decoding.speculative import cost
 
 pytest.importorskip("libtpu", reason="the TPU compiler comes for Linux on x86-64 only")
 
@@ -123,6 +124,23 @@ def test_every_size_of_tree_is_told_apart(tiny):
     # One node is plain decoding.
     assert calls[0]["bytes_per_step"] < 1.5 * result["plain"]["bytes_per_step"]
     assert "by the roofline, not measured" in table
+
+
+def test_auto_counts_the_sources_keys_and_values(tmp_path):
+    path = tmp_path / "both.py"
+    path.write_text("""
+from jaxlm.config import *
+def config():
+    inner = Block(Attention(8, 4, 64, causal=False), Dense(640), PreNorm(RmsNorm()))
+    block = Block(Attention(8, 4, 64), Dense(640), PreNorm(RmsNorm()),
+                  cross=Attention(8, 4, 64, position=None, causal=False, source=384))
+    return EncoderDecoder(Encoder(384, Embedding(1280), stack_of([inner]), RmsNorm(), None, 4096),
+                          Decoder(384, Embedding(1280), stack_of([block] * 3), RmsNorm(), Head(True), 4096), (0,))
+""")
+    short, long = (program.Check(program.Arguments(path, "v5e:1x1", 8, 256, source=source, drafter="auto")).seconds
+                   for source in (512, 4096))
+    read = 3 * 8 * 4 * (4096 - 512) * 64 * 2 * 2
+    assert long[0] - short[0] == pytest.approx(read / cost.CHIPS["TPU v5 lite"].bandwidth, rel=1e-3)
 
 
 @pytest.mark.parametrize("drafter", ["none", "recycling"])

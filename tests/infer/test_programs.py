@@ -258,3 +258,37 @@ def test_as_a_process(directory):
     for program in ("generate", "bench", "convert", "perplexity", "demo"):
         shown = process(f"infer.{program}", "--help")
         assert shown.returncode == 0 and "usage" in shown.stdout.lower()
+
+
+def test_generate_from_a_source(tmp_path, monkeypatch):
+    """The prompt is the source, and the text begins with the tokens that were named; it may be as long as the decoder's is."""
+    block = config.Block(config.Attention(2, 1, 8), config.Dense(24), config.PreNorm(config.RmsNorm()))
+    cross = config.Attention(2, 1, 8, position=None, causal=False, source=16)
+    inner = dataclasses.replace(block, attention=dataclasses.replace(block.attention, causal=False))
+    embedding, norm = config.Embedding(97), config.RmsNorm()
+    cfg = config.EncoderDecoder(
+        config.Encoder(16, embedding, config.stack_of([inner]), norm, None, 128),
+        config.Decoder(16, embedding, config.stack_of([dataclasses.replace(block, cross=cross)]), norm, config.Head(True), 24),
+        (5,))
+    loaded = jaxlm.Model(cfg, params.init(model.spec(cfg), jax.random.key(0)), Tokenizer.from_gguf(FIELDS))
+    monkeypatch.setattr(jaxlm, "load", lambda *given, **named: loaded)
+    said = json.loads(run(generate, "--model", "m", "--prompt", "a" * 40, "--raw", "--start", "b", "c",
+                          "--json").splitlines()[-1])
+    expected = jaxlm.generate(loaded, ["a" * 40], 22, start=[loaded.tokenizer.id("b"), loaded.tokenizer.id("c")])
+    assert said["tokens"] == expected.tokens[0].tolist() and said["prompt_tokens"] == 40 and len(said["tokens"]) == 22
+    with pytest.raises(ValueError, match="puts no language code around a text"):
+        run(generate, "--model", "m", "--prompt", "a", "--language", "fr")
+    with pytest.raises(ValueError, match="the start has 24 tokens, the model's context is 24"):
+        run(generate, "--model", "m", "--prompt", "a", "--raw", "--start", *"b" * 24)
+
+    def answer(loaded, prompt, *rest):
+        raise StopIteration(len(prompt))
+
+    # A conversation is the source, which may be longer than the decoder's texts.
+    monkeypatch.setattr("rich.console.Console.input", lambda *_: "a" * 40)
+    monkeypatch.setattr(generate, "answer", answer)
+    with pytest.raises(StopIteration, match=str(len("<user><assistant>") + 40)):
+        run(generate, "--model", "m", "--chat")
+    (tmp_path / "text").write_text("to be or not to be")
+    with pytest.raises(ValueError, match=r"m is an encoder-decoder, whose text is scored given a source"):
+        run(perplexity, "--model", "m", "--text", str(tmp_path / "text"))

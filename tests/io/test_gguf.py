@@ -13,9 +13,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from infer import assets
 from jaxlm import generate
+from jaxlm.config import Encoder, Pooling, Vector
 from jaxlm.io import load
 from jaxlm.io.gguf import ARCHITECTURES, GgufSource, metadata
 
@@ -189,6 +191,17 @@ FALCON = {"hidden_size": D, "num_hidden_layers": L, "num_attention_heads": N, "v
           "architectures": ["FalconForCausalLM"]} | ROPE | TOKENS
 
 
+BERT, NOMIC = "encoder.layer.{i}", "encoder.layers.{i}"
+ENCODER = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"} | {
+    "layer_norm_eps": 1e-5, "type_vocab_size": 2, "tie_word_embeddings": True}
+
+
+def encoder(embedding_norm: str) -> list[Tensor]:
+    return [Tensor("embeddings.word_embeddings.weight", "token_embd.weight", (V, D)),
+            Tensor("embeddings.token_type_embeddings.weight", "token_types.weight", (2, D)),
+            *norm(embedding_norm, "token_embd_norm", bias=True)]
+
+
 def falcon_qkv(kv_heads: int) -> list[Tensor]:
     change = falcon if kv_heads == K else np.asarray  # with one group the order is the same
     return linear("transformer.h.{i}.self_attention.query_key_value", "blk.{i}.attn_qkv", (N + 2 * kv_heads) * H, D,
@@ -330,6 +343,27 @@ CASES = {
                   {"model_type": "bloom", "architectures": ["BloomForCausalLM"], "hidden_size": D, "n_layer": L,
                    "n_head": N, "vocab_size": V, "layer_norm_epsilon": 1e-5, "seq_length": 64,
                    "tie_word_embeddings": True} | TOKENS),
+    "bert": Case("bert", STANDARD | {"attention.causal": False, "pooling_type": 2, "context_length": 99},
+                 (*encoder("embeddings.LayerNorm"),
+                  Tensor("embeddings.position_embeddings.weight", "position_embd.weight", (64, D)),
+                  *[one for theirs, name in (("self.query", "q"), ("self.key", "k"), ("self.value", "v"),
+                                             ("output.dense", "output"))
+                    for one in linear(f"{BERT}.attention.{theirs}", f"blk.{{i}}.attn_{name}", D, D, True)],
+                  *linear(f"{BERT}.intermediate.dense", "blk.{i}.ffn_up", F, D, True),
+                  *linear(f"{BERT}.output.dense", "blk.{i}.ffn_down", D, F, True),
+                  *norm(f"{BERT}.attention.output.LayerNorm", "blk.{i}.attn_output_norm", bias=True),
+                  *norm(f"{BERT}.output.LayerNorm", "blk.{i}.layer_output_norm", bias=True)),
+                 ENCODER | {"model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu"}),
+    "nomic-bert": Case("nomic-bert", STANDARD | {"attention.causal": False, "pooling_type": 1, "rope.freq_base": 1000.0},
+                       (*encoder("emb_ln"), *linear(f"{NOMIC}.attn.Wqkv", "blk.{i}.attn_qkv", 3 * D, D),
+                        *linear(f"{NOMIC}.attn.out_proj", "blk.{i}.attn_output", D, D),
+                        *linear(f"{NOMIC}.mlp.fc11", "blk.{i}.ffn_up", F, D),
+                        *linear(f"{NOMIC}.mlp.fc12", "blk.{i}.ffn_gate", F, D),
+                        *linear(f"{NOMIC}.mlp.fc2", "blk.{i}.ffn_down", D, F),
+                        *norm(f"{NOMIC}.norm1", "blk.{i}.attn_output_norm", bias=True),
+                        *norm(f"{NOMIC}.norm2", "blk.{i}.layer_output_norm", bias=True)),
+                       ENCODER | ROPE | {"model_type": "nomic_bert", "architectures": ["NomicBertModel"], "hidden_act": "silu",
+                                         "rope_theta": 1000.0}),
 }
 LLAMA = CASES["llama"]
 
@@ -353,6 +387,17 @@ def test_tensors_are_the_checkpoint_s(tmp_path: pathlib.Path, name: str):
 @pytest.mark.parametrize("name", CASES)
 def test_config_is_the_checkpoint_s(tmp_path: pathlib.Path, name: str):
     assert GgufSource(CASES[name].write(tmp_path / "m.gguf")).config == CASES[name].config
+
+
+@pytest.mark.parametrize("name, kind, head", [
+    ("bert", 2, Vector(Pooling.FIRST)), ("nomic-bert", 1, Vector(Pooling.MEAN)), ("nomic-bert", 3, Vector(Pooling.LAST)),
+    ("bert", 0, None), ("bert", None, None)])
+def test_an_encoder_pools_as_the_metadata_says(tmp_path: pathlib.Path, name: str, kind: int | None, head: Vector | None):
+    lm = load(CASES[name].write(tmp_path / "m.gguf", pooling_type=kind))
+    assert isinstance(lm.config, Encoder) and lm.config.head == head
+    assert not any(block.attention.causal for block in lm.config.stack.blocks())
+    table = next(values for tensor, _, values in CASES[name].checkpoint().values() if tensor.name == "token_types.weight")
+    np.testing.assert_array_equal(lm.params["encoder"]["embedding"]["types"], table)
 
 
 def test_gemma_s_big_models_scale_scores_by_width_over_heads(tmp_path: pathlib.Path):
@@ -631,6 +676,9 @@ def test_a_tensor_without_a_place(tmp_path: pathlib.Path):
     ("falcon with two norms", {"tensor_data_layout": "other"}, "tensor data layout 'other'"),
     ("mpt", {"attention.max_alibi_bias": 0.0}, "positions other than ALiBi"),
     ("mpt", {"attention.head_count_kv": 2}, "fewer key-value heads"),
+    ("bert", {"attention.head_count_kv": 2}, "fewer key-value heads"),
+    ("bert", {"pooling_type": 4}, "pooling of type 4"),
+    ("nomic-bert", {"attention.causal": True}, "nomic-bert.attention.causal is True"),
 ])
 def test_metadata_that_is_not_supported(tmp_path: pathlib.Path, name: str, fields: dict, match: str):
     with pytest.raises(ValueError, match=match):
@@ -657,9 +705,17 @@ def test_without_the_package(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
 def test_transformers_expects_these_tensors(tmp_path: pathlib.Path, name: str):
     transformers = pytest.importorskip("transformers")
     source = GgufSource(CASES[name].write(tmp_path / "m.gguf"))
+    special = {} if source.vector is None else {"pad_token_id": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**source.config))
+        cls = getattr(transformers, source.config["architectures"][0])
+        theirs = cls(transformers.AutoConfig.for_model(**source.config | special))
+    if source.vector is not None:  # it renames Nomic BERT's when it saves, and BERT has a pooler
+        theirs.save_pretrained(tmp_path / "theirs")
+        saved = safetensors.numpy.load_file(tmp_path / "theirs" / "model.safetensors")
+        assert {key: source.shape(key) for key in source.names()} == {
+            key: value.shape for key, value in saved.items() if "pooler" not in key}
+        return
     # GPT-NeoX's checkpoints say embed_out where the module says lm_head.
     expected = {key.replace("lm_head", "embed_out") if "neox" in name else key: tuple(value.shape)
                 for key, value in theirs.state_dict().items()

@@ -205,7 +205,8 @@ def test_the_hub_is_out_of_reach():  # the tests run with HF_HUB_OFFLINE
     (["model.safetensors"], "no checkpoint: it has no config.json"),
     (["a.gguf", "b.gguf"], r"several models, a\.gguf, b\.gguf"),
     (["config.json"], "neither model.safetensors nor model.safetensors.index.json"),
-    (["config.json", "pytorch_model.bin"], r"it has pytorch_model\.bin: load these in transformers"),
+    (["config.json", "pytorch_model.bin"], r"it has pytorch_model\.bin: `python -m infer\.convert --from .* --to NEW` makes"),
+    (["config.json", "tf_model.h5"], r"it has tf_model\.h5: load these in transformers"),
     (["config.json", "x.safetensors", "y.safetensors"], r"x\.safetensors, y\.safetensors and no model\.safetensors\.index"),
 ])
 def test_what_is_no_checkpoint(tmp_path, files, message):

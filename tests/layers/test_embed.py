@@ -31,7 +31,7 @@ def test_embed(cfg):
 
 @pytest.mark.parametrize("cfg", [Head(True), Head(False), Head(False, bias=True), Head(True, True, 0.3, 2.0)], ids=str)
 def test_head(cfg):
-    params = tiny.weights(embed.head_spec(cfg, 19, 8))
+    params = tiny.weights(embed.head_spec(cfg, Embedding(19), 8))
     assert set(params) == ({"bias"} if cfg.bias else set()) | (set() if cfg.tied else {"out"})
     table = tiny.weights(embed.spec(Embedding(19), 8), seed=1)["tokens"]
     x = np.random.default_rng(0).normal(size=(2, 3, 8))

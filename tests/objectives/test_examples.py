@@ -13,6 +13,7 @@ from jaxlm.objectives import (
     CausalLM,
     CausalSpans,
     FillInTheMiddle,
+    IdentifierTagging,
     MaskedLM,
     Mixture,
     Mode,
@@ -325,6 +326,9 @@ def test_all_are_told_what_documents_begin_and_end_with():
     assert told(AsPrefix(MaskedLM(1, 9)), (8,)).objective.never == (8,)
     assert told(own, (8,)) == own and told(CausalLM(), (8,)) == CausalLM()
     assert told(MaskedLM(1, 9, never=()), (8,)).never == ()  # who says so means it
+
+    masked, tokenizer = IdentifierTagging(), object()
+    assert told(Mixture((masked, masked), (1, 1)), (8,), tokenizer).objectives[0].tokenizer is tokenizer
 
     class Mine(Objective):
         makes = "decoder"

@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 
 from jaxlm import config, model
-from jaxlm.objectives import AsPrefix, AsText, CausalLM, FillInTheMiddle, MaskedLM, Mode, PrefixLM, SpanCorruption, text
+from jaxlm.objectives import (
+    AsPrefix,
+    AsText,
+    CausalLM,
+    FillInTheMiddle,
+    IdentifierTagging,
+    MaskedLM,
+    Mode,
+    PrefixLM,
+    SpanCorruption,
+    Text,
+    text,
+)
 from tests import tiny
 from tests.decoding import oracle
 
@@ -75,6 +87,28 @@ def test_without_prefixes_the_batch_need_not_say_any():
     assert found.sum.shape == () and set(found.aux) == {"nll", "correct"}
 
 
+SINGLE = tiny.encoder([tiny.block(position=None, causal=False)], config.Classifier(1, None))
+
+
+@pytest.mark.parametrize(("cfg", "labels"), [(tiny.ENCODERS["masked"], None), (tiny.ENCODERS["tokens"], 2), (SINGLE, 1)],
+                         ids=["tokens", "labels", "one label"])
+def test_encoders_are_asked_for_tokens_and_for_labels(cfg, labels):
+    """Of one label the logit is that of 1: its loss is that of a sigmoid."""
+    weights, kinds = tiny.weights(model.spec(cfg)), max(labels, 2) if labels else tiny.VOCABULARY
+    examples = [Text(*RANDOM.integers(0, (tiny.VOCABULARY, kinds), (n, 2)).T, RANDOM.random(n), n) for n in (9, 14, 2)]
+    found = tiny.jit(lambda weights, batch: text.loss(weights, cfg, batch, sizes=np.ones(tiny.VOCABULARY), piece=16))(
+        weights, packed(examples, 32))
+    nll, right, asked = 0.0, 0.0, sum(one.weights.sum() for one in examples)
+    forward = tiny.jit(lambda weights, tokens, lengths: model.forward(weights, cfg, tokens, lengths=lengths).logits)
+    for one in examples:
+        logits = np.asarray(forward(weights, np.resize(one.tokens, 14)[None], np.array([len(one.tokens)])), np.float64)
+        for row, target, weight in zip(logits[0], one.targets, one.weights):  # noqa: B905
+            shares = oracle.softmax(row) if labels != 1 else np.array([1, np.exp(row[0])]) / (1 + np.exp(row[0]))
+            nll, right = nll - weight * np.log(shares[target]), right + weight * (np.argmax(shares) == target)
+    np.testing.assert_allclose((found.sum, found.weight, found.aux["correct"]), (nll, asked, right), rtol=1e-5)
+    assert ("bytes" in found.aux) == (labels is None)
+
+
 ENCODER = tiny.decoder([tiny.block(causal=False)])
 
 
@@ -85,13 +119,23 @@ ENCODER = tiny.decoder([tiny.block(causal=False)])
     (AsPrefix(MaskedLM(1, 19)), ENCODER, "attention that sees it"),
     (FillInTheMiddle(1, 2, 19), CFG, "FillInTheMiddle needs the token 19, and this model's vocabulary of 19 has 0 to 18"),
     (AsText(SpanCorruption((4, 500))), CFG, "AsText needs the token 500"), (Mode(-1, CausalLM()), CFG, "the token -1"),
-    (MaskedLM(1, 21), ENCODER, "MaskedLM needs the token 20")])
+    (MaskedLM(1, 21), ENCODER, "MaskedLM needs the token 20"),
+    (CausalLM(), tiny.ENCODERS["masked"], "attention that sees it"),
+    (PrefixLM(), tiny.ENCODERS["masked"], "makes pairs, for encoder-decoders: this is an encoder alone"),
+    (MaskedLM(1, 19), tiny.ENCODERS["vector"], "MaskedLM asks for tokens, and this model's head gives none"),
+    (MaskedLM(1, 19), tiny.ENCODERS["tokens"], "head gives none: it needs a jaxlm.config.Head, got Classifier"),
+    (IdentifierTagging(), tiny.ENCODERS["masked"], r"one of 2 labels of every token: .* Classifier\(labels=2, pooling=None\)"),
+    (IdentifierTagging(), tiny.ENCODERS["labels"], "one of 2 labels of every token"),
+    (CausalLM(), tiny.ENCODER_DECODERS["shared"].decoder, "attends to a source"),
+    (CausalLM(), tiny.ENCODER_DECODERS["shared"], "makes texts for decoders, and this model is an encoder-decoder"),
+    (SpanCorruption((4, 14)), tiny.ENCODER_DECODERS["sides"], "the token 14, and this model's vocabulary of 13")])
 def test_what_a_model_cannot_take(objective, cfg, says):
     with pytest.raises(ValueError, match=says):
-        text.check(objective, cfg)
-    text.check(MaskedLM(1, 19), ENCODER)
-    text.check(AsText(PrefixLM()), CFG)
-    text.check(AsPrefix(MaskedLM(1, 19)), CFG)
+        objective.check(cfg)
+    for fitting, other in ((MaskedLM(1, 19), ENCODER), (MaskedLM(1, 19), tiny.ENCODERS["masked"]), (AsText(PrefixLM()), CFG),
+                           (AsPrefix(MaskedLM(1, 19)), CFG), (IdentifierTagging(), tiny.ENCODERS["tokens"]),
+                           (IdentifierTagging(), SINGLE), (Mode(3, PrefixLM()), tiny.ENCODER_DECODERS["sides"])):
+        fitting.check(other)
 
 
 def test_only_pairs_become_texts():

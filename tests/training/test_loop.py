@@ -137,7 +137,7 @@ def test_one_record_per_step_in_order(start, steps):
 
 def test_it_is_compiled_once():
     traces = []
-    go(6, advance=stub(traces), evaluate_every=2, evaluate=lambda weights: {"loss": 1.0})
+    go(6, advance=stub(traces), evaluate_every=2, evaluate=lambda weights, carry: {"loss": 1.0})
     assert len(traces) == 1
 
 
@@ -238,7 +238,7 @@ def test_evaluations_at_their_steps_and_once_at_the_end(tmp_path):
     values = iter([3.0, 1.0, 2.0, 4.0])
     seen = []
 
-    def evaluate(weights):
+    def evaluate(weights, carry):
         seen.append(weights["w"].tolist())
         return {"loss": 7.0, "bits_per_byte": next(values)}
 
@@ -252,21 +252,21 @@ def test_evaluations_at_their_steps_and_once_at_the_end(tmp_path):
 
 def test_an_evaluation_at_the_end_of_the_weights():
     calls = []
-    done, heard = go(5, evaluate=lambda weights: {"loss": calls.append(weights["w"]) or 2.0}, evaluate_every=2)
+    done, heard = go(5, evaluate=lambda weights, carry: {"loss": calls.append(weights["w"]) or 2.0}, evaluate_every=2)
     assert [record["step"] for record in heard.evaluations] == [2, 4, 5]
     np.testing.assert_array_equal(calls[-1], done.state.params["w"])
-    assert len(go(4, evaluate=lambda weights: {"loss": 2.0}, evaluate_every=2)[1].evaluations) == 2
-    assert go(4, start=4, evaluate=lambda weights: {"loss": 2.0})[0].evaluation is None  # nothing has changed
+    assert len(go(4, evaluate=lambda weights, carry: {"loss": 2.0}, evaluate_every=2)[1].evaluations) == 2
+    assert go(4, start=4, evaluate=lambda weights, carry: {"loss": 2.0})[0].evaluation is None  # nothing has changed
 
 
 def test_told_to_stop_it_does_not_evaluate():
-    _, heard = go(5, numbers=Numbers(at={2: kill(signal.SIGTERM)}), evaluate=lambda weights: {"loss": 2.0})
+    _, heard = go(5, numbers=Numbers(at={2: kill(signal.SIGTERM)}), evaluate=lambda weights, carry: {"loss": 2.0})
     assert not heard.evaluations
 
 
 def test_batches_that_end(tmp_path):
     with Checkpoints(tmp_path, {}) as kept:
-        done, heard = go(9, numbers=Numbers(end=4), checkpoints=kept, evaluate=lambda weights: {"loss": 2.0})
+        done, heard = go(9, numbers=Numbers(end=4), checkpoints=kept, evaluate=lambda weights, carry: {"loss": 2.0})
         assert (done.step, done.stopped, kept.latest) == (4, END, 4)
     assert len(heard.records) == 4 and heard.evaluations == [{"step": 4, "loss": 2.0}]
     assert go(9, numbers=Numbers(end=0))[0].step == 0
@@ -364,7 +364,7 @@ def test_where_the_time_goes(monkeypatch):
             return types.SimpleNamespace(compile=lambda: lambda *given: takes(1.0, step(*given)))
 
     checkpoints = types.SimpleNamespace(save=lambda *_: takes(2.0), wait=lambda: takes(0.5))
-    done, heard = go(4, advance=Slow(), evaluate=lambda _: takes(3.0, {"loss": 1.0}), evaluate_every=2, checkpoint_every=2,
+    done, heard = go(4, advance=Slow(), evaluate=lambda *_: takes(3.0, {"loss": 1.0}), evaluate_every=2, checkpoint_every=2,
                      checkpoints=checkpoints, numbers=Numbers(at={1: lambda: takes(16.0)}))
     assert done.time == Time(whole=16.0 + 8 + 4 + 6 + 4.5, compile=8.0, input=16.0, checkpoint=4.5, evaluation=6.0)
     assert done.time.goodput == pytest.approx(4 / 38.5)

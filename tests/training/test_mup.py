@@ -36,7 +36,7 @@ def moved(cfg, multipliers):
         first = model.forward(state.params, cfg, batch["tokens"]).logits
 
         def once(state, _):
-            return advance(lambda weights, batch, key: text.loss(weights, cfg, batch), transform, state, batch)[0], None
+            return advance(lambda weights, batch, *_: (text.loss(weights, cfg, batch), ()), transform, state, batch)[0], None
 
         state, _ = jax.lax.scan(once, state, None, length=4)
         return jnp.mean(jnp.abs(model.forward(state.params, cfg, batch["tokens"]).logits - first))

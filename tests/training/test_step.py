@@ -24,9 +24,9 @@ class Loss:
     aux: dict
 
 
-def squares(params, batch, key):
+def squares(params, batch, key, carry):
     error, weight = batch["x"] @ params["w"] - batch["y"], batch["weight"]
-    return Loss(jnp.sum(weight * error**2), jnp.sum(weight), {"absolute": jnp.sum(weight * jnp.abs(error))})
+    return Loss(jnp.sum(weight * error**2), jnp.sum(weight), {"absolute": jnp.sum(weight * jnp.abs(error))}), carry
 
 
 def by_hand(rows=slice(None)):
@@ -38,7 +38,7 @@ def by_hand(rows=slice(None)):
 @pytest.mark.parametrize("pieces", [1, 2, 4, 8])
 def test_accumulation_is_exact_however_the_weights_fall(pieces):
     """Some pieces have no weight at all."""
-    gradient, metrics = jax.jit(steps.gradients, static_argnums=(0, 4))(squares, START, BATCH, jax.random.key(0), pieces)
+    gradient, _, metrics = jax.jit(steps.gradients, static_argnums=(0, 5))(squares, START, BATCH, jax.random.key(0), (), pieces)
     loss, want, absolute = by_hand()
     np.testing.assert_allclose(gradient["w"], want, rtol=1e-5)
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
@@ -52,11 +52,37 @@ def test_pieces_move_nothing_between_devices():
     mesh = sharding.mesh(devices=jax.devices()[:4], data=4)
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     batch = jax.device_put({name: np.tile(leaf, (2, *[1] * (leaf.ndim - 1))) for name, leaf in BATCH.items()}, place)
-    program = jax.jit(steps.gradients, static_argnums=(0, 4)).lower(squares, START, batch, jax.random.key(0), 2).compile()
+    program = jax.jit(steps.gradients, static_argnums=(0, 5)).lower(squares, START, batch, jax.random.key(0), (), 2).compile()
     text = program.as_text()
     assert "all-to-all" not in text and "collective-permute" not in text and "all-gather" not in text
-    gradient, _ = program(START, batch, jax.random.key(0))
+    gradient, *_ = program(START, batch, jax.random.key(0), ())
     np.testing.assert_allclose(gradient["w"], by_hand()[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_what_the_loss_hands_on(pieces):
+    """From piece to piece and from step to step, and nothing flows back through it."""
+    def follows(params, batch, key, carry):
+        error = batch["x"] @ params["w"] - batch["y"] + carry["last"]
+        return Loss(jnp.sum(error**2), jnp.float32(len(error)), {}), {"last": jnp.sum(batch["x"] @ params["w"]),
+                                                                      "count": carry["count"] + 1}
+
+    transform, carry = optax.sgd(0.1), {"last": jnp.float32(0.5), "count": jnp.int32(0)}
+    state = steps.begin(START, transform, jax.random.key(0), carry=carry)
+    step = jax.jit(lambda state, batch: steps.advance(follows, transform, state, batch, pieces=pieces, skip=True))
+    w, last = np.asarray(START["w"], np.float64), 0.5
+    for _ in range(2):
+        gradient = np.zeros(3)
+        for rows in (np.arange(8)[piece::pieces] for piece in range(pieces)):
+            gradient += 2 * (X[rows] @ w - Y[rows] + last) @ X[rows] / 8
+            last = (X[rows] @ w).sum()
+        w = w - 0.1 * gradient
+        state, _ = step(state, BATCH)
+        np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
+        np.testing.assert_allclose(state.carry["last"], last, rtol=1e-5)
+    assert state.carry["count"] == 2 * pieces
+    skipped, metrics = step(state, BATCH | {"x": np.full_like(X, np.inf)})
+    assert not metrics.finite and skipped.carry["count"] == 2 * pieces and skipped.carry["last"] == state.carry["last"]
 
 
 def advance(state, batch=BATCH, **options):
@@ -123,8 +149,8 @@ def test_the_schedule_goes_on_over_skipped_steps_and_moments_do_not():
 
 
 def test_what_is_drawn_depends_on_key_step_and_piece_alone():
-    def noisy(params, batch, key):
-        return Loss(params["w"].sum() + jax.random.uniform(key), jnp.float32(1.0), {})
+    def noisy(params, batch, key, carry):
+        return Loss(params["w"].sum() + jax.random.uniform(key), jnp.float32(1.0), {}), carry
 
     def draw(seed, step, pieces=1):
         state = steps.begin(START, optax.sgd(0.0), jax.random.key(seed)).replace(step=jnp.int32(step))
@@ -136,4 +162,4 @@ def test_what_is_drawn_depends_on_key_step_and_piece_alone():
 @pytest.mark.parametrize(("batch", "pieces"), [(BATCH, 3), (BATCH | {"y": Y[:4]}, 2)])
 def test_pieces_must_divide_the_batch(batch, pieces):
     with pytest.raises(ValueError, match=f"examples cannot be taken in {pieces} pieces"):
-        steps.gradients(squares, START, batch, jax.random.key(0), pieces)
+        steps.gradients(squares, START, batch, jax.random.key(0), (), pieces)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlm import cache as caching
-from jaxlm import model
+from jaxlm import config, model
 from jaxlm.decoding.speculative import tree as trees
 from jaxlm.model import Model
 
@@ -76,8 +76,12 @@ def budgets(devices: Any, batch: int, most: int = 64) -> tuple[int, ...]:
 
 @partial(jax.jit, static_argnames=("cfg", "slots", "dtype"))
 def _half_full(cfg: Any, params: PyTree, batch: Int[Array, "B"], slots: int, dtype: Any) -> caching.Cache:
-    out = model.forward(params, cfg, jnp.zeros((batch.shape[0], 1), jnp.int32), logits=False, dtype=dtype)
-    return caching.filled(out.kv, slots, jnp.full_like(batch, slots // 2))
+    memory = None
+    if isinstance(cfg, config.EncoderDecoder):
+        hidden = jnp.zeros((batch.shape[0], slots // 2, cfg.source), dtype or params["decoder"]["embedding"]["tokens"].dtype)
+        memory = model.remember(params, cfg, caching.Memory(hidden, None, jnp.ones(hidden.shape[:2], jnp.int32)))
+    out = model.forward(params, cfg, jnp.zeros((batch.shape[0], 1), jnp.int32), logits=False, dtype=dtype, memory=memory)
+    return caching.filled(out.kv, slots, jnp.full_like(batch, slots // 2), memory)
 
 
 @partial(jax.jit, static_argnames=("cfg", "dtype"))
@@ -92,7 +96,7 @@ def _call(cfg: Any, params: PyTree, tokens: Int[Array, "B P"], cache: caching.Ca
 
 def measure(target: Model, batch: int, sizes: tuple[int, ...], dtype: Any = None, slots: int = 512,
             turns: int = 5) -> tuple[float, ...]:
-    """Seconds of a call of the target with each size of tree: the best of a few turns, on a cache half full.
+    """Seconds of a call of the target with each size of tree: the best of a few turns, on a cache (and a source) half full.
 
     Measured once for a model, batch and sizes: see `Model.costs`.
     """
@@ -100,7 +104,7 @@ def measure(target: Model, batch: int, sizes: tuple[int, ...], dtype: Any = None
     if key not in target.costs:
         params, best = target.ready, [math.inf] * len(sizes)
         with target.context():
-            cache = _half_full(target.config, params, jnp.zeros(batch, jnp.int32), min(slots, target.config.length), dtype)
+            cache = _half_full(target.config, params, jnp.zeros(batch, jnp.int32), min(slots, target.decoder.length), dtype)
             for turn in range(turns + 1):  # the first compiles
                 for place, size in enumerate(sizes):
                     began = time.perf_counter()

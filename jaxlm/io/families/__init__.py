@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm import config
-from jaxlm.io.families import bloom, gemma, gpt, llama
+from jaxlm.io.families import bart, bert, bloom, codet5p, gemma, gpt, llama, modernbert, t5, t5gemma
 from jaxlm.io.families.fields import Family, Fields
 
 # When a model is saved, the first family that can express it is taken.
 FAMILIES: dict[str, Family] = {family.name: family for family in (
-    *llama.FAMILIES, *gemma.FAMILIES, *gpt.FAMILIES, *bloom.FAMILIES)}
+    *llama.FAMILIES, *gemma.FAMILIES, *gpt.FAMILIES, *bloom.FAMILIES, *t5.FAMILIES, *bart.FAMILIES, *t5gemma.FAMILIES,
+    *codet5p.FAMILIES, *bert.FAMILIES, *modernbert.FAMILIES)}
 
 
 def families() -> dict[str, str]:
@@ -37,7 +38,7 @@ def find(hf: Mapping[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-def read(hf: Mapping[str, Any]) -> config.Decoder:
+def read(hf: Mapping[str, Any]) -> config.Config:
     """The config that a config.json describes.
 
     Raises:
@@ -50,7 +51,7 @@ def read(hf: Mapping[str, Any]) -> config.Decoder:
     return cfg
 
 
-def write(cfg: config.Decoder, name: str | None = None) -> tuple[Family, dict[str, Any]]:
+def write(cfg: config.Config, name: str | None = None) -> tuple[Family, dict[str, Any]]:
     """A family that can express the config, and the config.json that reads as it.
 
     Args:
@@ -61,15 +62,16 @@ def write(cfg: config.Decoder, name: str | None = None) -> tuple[Family, dict[st
     """
     if name is not None and name not in FAMILIES:
         raise ValueError(f"no family is called {name!r}; there is {', '.join(FAMILIES)}")
-    # Blocks may be grouped in any way: that is how weights are stacked here, and changes nothing elsewhere.
-    wanted = dataclasses.replace(cfg, stack=config.stack_of(cfg.stack.blocks()))
     reasons = []
     for family in FAMILIES.values() if name is None else (FAMILIES[name],):
+        if not isinstance(cfg, family.kinds):
+            reasons.append(f"{family.name}: is no {type(cfg).__name__}")
+            continue
         reason = None
         try:
             values = family.write(cfg)
             values = {"architectures": [family.architecture], "model_type": family.name} | values
-            reason = _difference(wanted, read(values))
+            reason = _difference(cfg, read(values))
         except ValueError as error:
             reason = str(error)
         if reason is None:
@@ -81,6 +83,7 @@ def write(cfg: config.Decoder, name: str | None = None) -> tuple[Family, dict[st
 def _difference(ours: Any, theirs: Any, path: str = "config") -> str | None:
     """The first place where two configs differ, with both values; None where they are equal."""
     if isinstance(ours, config.Stack) and isinstance(theirs, config.Stack):
+        # Blocks may be grouped in any way: that is how weights are stacked here, and changes nothing elsewhere.
         ours, theirs = ours.blocks(), theirs.blocks()
     if type(ours) is type(theirs) and dataclasses.is_dataclass(ours):
         pairs = [(field.name, getattr(ours, field.name), getattr(theirs, field.name)) for field in dataclasses.fields(ours)]

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxlm import config
 from jaxlm.io.names import Row
+from jaxlm.io.source import Source
 
 # Dropout, initialisation, precision, bookkeeping, generation defaults, heads for other tasks: none changes the logits.
 IGNORED = frozenset("""
@@ -40,7 +41,7 @@ ACTIVATIONS = {
     "gelu": config.Activation.GELU, "gelu_python": config.Activation.GELU,
     "gelu_pytorch_tanh": config.Activation.GELU_TANH, "gelu_new": config.Activation.GELU_TANH,
     "gelu_fast": config.Activation.GELU_TANH,
-    "relu": config.Activation.RELU, "relu2": config.Activation.SQUARED_RELU,
+    "relu": config.Activation.RELU, "relu2": config.Activation.SQUARED_RELU, "tanh": config.Activation.TANH,
 }
 
 
@@ -126,8 +127,8 @@ class Fields:
         Raises:
           ValueError: for the first key that nobody asked for; names it and its value.
         """
-        for key, value in OFF.items():
-            self.expect(key, value)
+        for key in OFF.keys() - self._seen:
+            self.expect(key, OFF[key])
         for key, value in self._values.items():
             if key not in self._seen | IGNORED | ignored and value is not None:
                 raise self.wrong(key, "jaxlm does not know this key; remove it if it does not change the model's output")
@@ -140,28 +141,34 @@ class Family:
     Attributes:
       name: `model_type` in config.json.
       title: the models it serves, for people.
-      architecture: the class of transformers that a saved model names.
+      architecture: the class of transformers that a saved model names, where `write` gives no "architectures".
       table: its tensors.
       read: config from the fields of a config.json.
       write: the fields from a config; need not check that they can express it, `jaxlm.io.families.write` does.
+      kinds: of configs that it may express.
       bases: what "{base}" in the table may stand for; the first is written.
       defaults: transformers' values of keys that a config.json may leave out.
       aliases: other spellings of keys.
       ignored: more keys that change nothing.
       leftover: patterns (`re.fullmatch`) of tensors that may be there and are not needed: buffers and the like.
+      settle: the config where the tensors say what config.json does not.
+      special: ids of tokens that transformers' class cannot do without, for models whose tokenizer has none such.
     """
 
     name: str
     title: str
     architecture: str
     table: tuple[Row, ...]
-    read: Callable[[Fields], config.Decoder]
-    write: Callable[[config.Decoder], dict[str, Any]]
+    read: Callable[[Fields], config.Config]
+    write: Callable[[config.Config], dict[str, Any]]
+    kinds: tuple[type, ...] = (config.Decoder,)
     bases: tuple[str, ...] = ("model.", "")
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     leftover: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    settle: Callable[[config.Config, Source], config.Config] = lambda cfg, source: cfg
+    special: Mapping[str, int] = field(default_factory=dict)
 
 
 def rope(fields: Fields, width: int, *, base: float = 10000.0, partial: float | None = None, theta: str = "rope_theta",
@@ -325,8 +332,21 @@ def write_windows(cfg: config.Decoder) -> tuple[int | None, list[str]]:
 def write_activation(activation: config.Activation) -> str:
     """The name that transformers and its older versions know."""
     names = {config.Activation.SILU: "silu", config.Activation.GELU: "gelu", config.Activation.RELU: "relu",
-             config.Activation.GELU_TANH: "gelu_pytorch_tanh", config.Activation.SQUARED_RELU: "relu2"}
+             config.Activation.GELU_TANH: "gelu_pytorch_tanh", config.Activation.SQUARED_RELU: "relu2",
+             config.Activation.TANH: "tanh"}
     return names[activation]
+
+
+def labels(fields: Fields) -> int:
+    """How many a classifier tells apart: transformers' default is 2."""
+    named = fields.get("id2label")
+    return len(named) if named else 2 if fields.get("num_labels") is None else fields.integer("num_labels")
+
+
+def write_labels(count: int) -> dict[str, Any]:
+    """The keys of so many labels, under the names that transformers gives those without."""
+    names = [f"LABEL_{i}" for i in range(count)]
+    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
 
 
 def decoder(fields: Fields, width: int, blocks: Sequence[config.Block], norm: config.Norm, length: int, *,

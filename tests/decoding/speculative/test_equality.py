@@ -32,15 +32,17 @@ CAPPED = tiny.decoder(
 
 @functools.cache
 def target(name):
-    """Windows, ALiBi, sinks, learned positions, rotations that scale with the length, soft caps, 8-bit weights."""
+    """Windows, ALiBi, sinks, learned positions, rotations that scale with the length, soft caps, 8-bit weights; sources."""
     if name in stubs.DECODERS:
         return stubs.random(name)
+    if name in stubs.ENCODER_DECODERS:
+        return stubs.with_source(name)
     spec = model.spec(CAPPED)
     weights = tiny.weights(spec)
     return model.Model(CAPPED, tiny.quantised(spec, weights) if name == "int8" else weights, stubs.Bytes())
 
 
-TARGETS = [*stubs.DECODERS, "capped", "int8"]
+TARGETS = [*stubs.DECODERS, "capped", "int8", *stubs.ENCODER_DECODERS]
 
 
 @st.composite
@@ -66,7 +68,8 @@ def requests(draw):
 def check(lm, prompts, asked, drafter):
     """Asks plainly and with the drafter, which may be a function of the plain texts."""
     plain = generate(lm, prompts, **asked)
-    texts = [[*prompt, *map(int, tokens)] for prompt, tokens in zip(prompts, plain.tokens, strict=True)]
+    begins = generating.started(lm, prompts, None)[0]
+    texts = [[*begin, *map(int, tokens)] for begin, tokens in zip(begins, plain.tokens, strict=True)]
     drafted = generate(lm, prompts, drafter=drafter(texts) if callable(drafter) else drafter, **asked)
     assert [row.tolist() for row in drafted.tokens] == [row.tolist() for row in plain.tokens]
     assert drafted.finish == plain.finish and drafted.text == plain.text
@@ -79,7 +82,7 @@ def check(lm, prompts, asked, drafter):
     return did
 
 
-SLOW = ("capped", "int8", "learned")  # their drafters are tested on every run
+SLOW = ("capped", "int8", "learned", "relative")  # their drafters are tested on every run
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in TARGETS])
@@ -97,7 +100,8 @@ DRAFTERS = {
 }
 
 
-@pytest.mark.parametrize(("name", "drafter"), list(zip(TARGETS, itertools.cycle(DRAFTERS), strict=False)))
+@pytest.mark.parametrize(("name", "drafter"), [pytest.param(name, drafter, marks=pytest.mark.slow if name == "sides" else ())
+                                               for name, drafter in zip(TARGETS, itertools.cycle(DRAFTERS), strict=False)])
 @settings(max_examples=12)
 @given(requests())
 def test_drafters(name, drafter, request_):
@@ -139,7 +143,7 @@ class TestAdversaries:
 
 def final(lm, prompts, asked, drafter):
     """The loop's last state."""
-    names = ("top_k", "logit_bias", "banned_tokens", "stop_strings", "eos", "dtype", "rule", "tree", "drafter_state")
+    names = ("top_k", "logit_bias", "banned_tokens", "stop_strings", "eos", "dtype", "rule", "tree", "drafter_state", "start")
     off = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
            "frequency_penalty": 0.0, "key": 0, "logprobs": False, **dict.fromkeys(names)}
     *_, (state, _) = generating._Job(lm, prompts, **{**off, **asked}, drafter=drafter).run(None)

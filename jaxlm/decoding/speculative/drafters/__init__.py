@@ -27,7 +27,7 @@ from jaxlm.decoding.speculative.drafters.union import Union
 from jaxlm.decoding.speculative.tree import Template
 from jaxlm.model import Model
 
-NODES = 81  # of a tree, where nothing else is said
+NODES = 81  # of a tree, where nothing else is said; of a union that offers fewer, all those
 
 
 @functools.cache
@@ -40,7 +40,10 @@ def _member(name: str, nodes: int) -> Drafter:
 
 def _union(names: Sequence[str], tree: int | None) -> Union:
     nodes = NODES if tree is None else tree
-    return Union(tuple(_member(name, nodes) for name in names), (nodes,))
+    members = tuple(_member(name, nodes) for name in names)
+    if tree is None:
+        nodes = min(nodes, 1 + sum(member.offered - 1 for member in members))
+    return Union(members, (nodes,))
 
 
 def _lookup(tree: int | Template | None) -> Drafter:

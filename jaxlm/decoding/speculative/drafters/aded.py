@@ -213,7 +213,7 @@ class ADED(Drafter):
         return PRIORS
 
     def init(self, start: Start, kept: Table | None) -> Table:
-        """The kept table, the corpus's or an empty one, and the prompt's trigrams.
+        """The kept table, the corpus's or an empty one, and the trigrams of prompt and source.
 
         Raises:
           ValueError: when the table is not of the drafter's sizes.
@@ -223,9 +223,11 @@ class ADED(Drafter):
         if (pairs, successors) != (self.pairs, self.successors):
             raise ValueError(f"the table has {pairs} pairs and {successors} successors of each, the drafter {self.pairs} and "
                              f"{self.successors}")
-        tokens = start.tokens
-        triples = jnp.stack([tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]], axis=2)
-        return learn(table, triples.reshape(-1, 3), start.valid()[:, 2:].reshape(-1))
+        for text in (start.searchable(), start):
+            if text is not None and text.tokens.shape[1] > 2:
+                triples = jnp.stack([text.tokens[:, :-2], text.tokens[:, 1:-1], text.tokens[:, 2:]], axis=2)
+                table = learn(table, triples.reshape(-1, 3), text.valid()[:, 2:].reshape(-1))
+        return table
 
     def keep(self, state: Table) -> Table:
         """All of it."""

@@ -5,15 +5,27 @@ program and equal drafters share one. `digest` is the drafter's own summary of t
 target was run, prompt and tree alike: nothing as large as logits is kept.
 """
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxlm.cache import Memory
 from jaxlm.decoding import loop
 from jaxlm.decoding.speculative.tree import Tree
 from jaxlm.decoding.speculative.verify import Walk
+
+
+class Source(NamedTuple):
+    """What an encoder is to read: tokens [B, S], junk from each row's length on."""
+
+    tokens: Int[Array, "B S"]
+    lengths: Int[Array, "B"]
+
+    def valid(self) -> Bool[Array, "B S"]:
+        """Where the source has tokens."""
+        return jnp.arange(self.tokens.shape[1])[None] < self.lengths[:, None]
 
 
 @flax.struct.dataclass
@@ -27,6 +39,9 @@ class Start:
         prompts.
       slots: S, how many tokens a row will have at most.
       vocabulary: V.
+      source: what the target's encoder has read; None without one.
+      memory: what it made of that: `Memory.hidden`.
+      source_vocabulary: of the source's ids.
     """
 
     tokens: Int[Array, "B T"]
@@ -34,6 +49,13 @@ class Start:
     digest: PyTree
     slots: int = flax.struct.field(pytree_node=False)
     vocabulary: int = flax.struct.field(pytree_node=False)
+    source: Source | None = None
+    memory: Memory | None = None
+    source_vocabulary: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    def searchable(self) -> Source | None:
+        """The source, where its ids are those of the text: where both vocabularies are of one size."""
+        return self.source if self.source_vocabulary == self.vocabulary else None
 
     def valid(self) -> Bool[Array, "B T"]:
         """Where the prompt has tokens."""
@@ -105,6 +127,11 @@ class Drafter:
     def nodes(self) -> int:
         """P, the most nodes of a tree, the root among them."""
         raise NotImplementedError
+
+    @property
+    def offered(self) -> int:
+        """Nodes of `candidates`, the root among them."""
+        return self.nodes
 
     @property
     def depth(self) -> int:

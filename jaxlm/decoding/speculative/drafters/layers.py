@@ -25,7 +25,7 @@ class FirstLayers(Grower):
     """Drafts with the first layers of the target: see `first_layers`.
 
     Attributes:
-      config: the target's.
+      config: the target's, of an encoder-decoder its decoder's.
       layers: how many of its blocks, at least 1.
       shape: how trees grow.
       dtype: of the computation; None is that of the weights.
@@ -77,6 +77,7 @@ def first_layers(target: Model, layers: int, shape: Shape | Template | int = gro
     Raises:
       ValueError: when the target has not so many layers.
     """
-    if not 1 <= layers <= target.config.stack.layers:
-        raise ValueError(f"layers must be 1 to {target.config.stack.layers}, the target's, got {layers}")
-    return FirstLayers(target.config, layers, grow.of(shape, draws), dtype)
+    cfg = target.decoder
+    if not 1 <= layers <= cfg.stack.layers:
+        raise ValueError(f"layers must be 1 to {cfg.stack.layers}, the target's, got {layers}")
+    return FirstLayers(cfg, layers, grow.of(shape, draws), dtype)

@@ -1,7 +1,8 @@
 """A second, smaller model of the same vocabulary that drafts.
 
 It has a cache of its own, which holds what a prefill of the text would: nodes that the target accepts are committed as the
-target's are, and what others drafted is caught up with.
+target's are, and what others drafted is caught up with. Of an encoder-decoder's source it has a memory of its own too: an
+encoder-decoder reads the source with its own encoder, a decoder with cross-attention what the target's encoder made of it.
 """
 
 from typing import Any
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlm import cache as caching
-from jaxlm import model, sharding
-from jaxlm.cache import Cache
-from jaxlm.config import Decoder
+from jaxlm import model
+from jaxlm.cache import Cache, Memory
+from jaxlm.config import Decoder, Encoder, EncoderDecoder
 from jaxlm.decoding.speculative.drafters import grow
 from jaxlm.decoding.speculative.drafters.base import Seen, Start, View
 from jaxlm.decoding.speculative.drafters.grow import Fringe, Grower, Scratch, Shape
@@ -24,12 +25,12 @@ from jaxlm.model import Model
 _CATCH_UP = 2  # tokens per call: the last one, and the one before it where it was drafted and accepted but never read
 
 
-def same_vocabulary(cfg: Decoder, vocabulary: int) -> None:
+def same_vocabulary(cfg: Decoder | Encoder, vocabulary: int, name: str = "vocabulary") -> None:
     """Raises:
       ValueError: when a draft model has not the target's vocabulary; names both sizes.
     """
     if cfg.embedding.vocabulary != vocabulary:
-        raise ValueError(f"the draft model has a vocabulary of {cfg.embedding.vocabulary} tokens, the target one of "
+        raise ValueError(f"the draft model has a {name} of {cfg.embedding.vocabulary} tokens, the target one of "
                          f"{vocabulary}: they must be the same")
 
 
@@ -57,25 +58,52 @@ class DraftModel(Grower):
 
     Attributes:
       params: as `Model.ready` gives them.
-      config: the decoder's.
+      config: the draft model's.
       shape: how trees grow.
       dtype: of the computation; None is that of the weights.
     """
 
     params: PyTree
-    config: Decoder = flax.struct.field(pytree_node=False)
+    config: Decoder | EncoderDecoder = flax.struct.field(pytree_node=False)
     shape: Shape = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False, default=None)
 
+    @property
+    def decoder(self) -> Decoder:
+        """What drafts."""
+        return self.config.decoder if isinstance(self.config, EncoderDecoder) else self.config
+
+    def _read(self, start: Start) -> Memory | None:
+        """What this model's layers make of the source; None where none of them looks at one.
+
+        Raises:
+          ValueError: when the target reads no source, or one of another vocabulary, or its encoder's width is another.
+        """
+        widths = {block.cross.source for block in self.decoder.stack.blocks() if block.cross is not None}
+        if not widths:
+            return None
+        if start.source is None:
+            raise ValueError("the draft model attends to a source, the target is a decoder and has none")
+        if isinstance(self.config, EncoderDecoder):
+            same_vocabulary(self.config.encoder, start.source_vocabulary, "source vocabulary")
+            memory = model.encode(self.params, self.config, start.source.tokens, lengths=start.source.lengths, dtype=self.dtype)
+        else:
+            memory = start.memory
+            if widths != {memory.hidden.shape[2]}:
+                raise ValueError(f"the draft model reads vectors of width {sorted(widths)}, the target's encoder makes some of "
+                                 f"width {memory.hidden.shape[2]}: Attention.source must be that")
+        memory = model.remember(self.params, self.config, memory)
+        return memory.replace(layers=caching.constrained(memory.layers))
+
     def init(self, start: Start, kept: PyTree | None) -> State:
-        """The prompt's keys and values; nothing is kept from earlier requests."""
-        same_vocabulary(self.config, start.vocabulary)
+        """The prompt's keys and values and the source's; nothing is kept from earlier requests."""
+        same_vocabulary(self.decoder, start.vocabulary)
+        memory = self._read(start)
         out = model.forward(self.params, self.config, start.tokens, lengths=start.length, context=start.length, logits=False,
-                            dtype=self.dtype)
+                            dtype=self.dtype, memory=memory)
         # A call writes at most a chain, or the last two tokens, behind the text.
-        cache = caching.filled(out.kv, start.slots + self.depth + _CATCH_UP, start.length)
-        cache = cache.replace(layers=jax.tree.map(
-            lambda leaf: sharding.constrain(leaf, caching.AXES[-leaf.ndim:]), cache.layers))
+        cache = caching.filled(out.kv, start.slots + self.depth + _CATCH_UP, start.length, memory)
+        cache = cache.replace(layers=caching.constrained(cache.layers))
         run = max(self.shape.run, 1)
         none = jnp.zeros((start.tokens.shape[0], run), jnp.int32)
         kv = None
@@ -101,7 +129,7 @@ class DraftModel(Grower):
             return (caching.append(_after(cache, out.logits), out.kv, count),
                     jnp.where((count > 0)[:, None], out.logits[:, 0], logits))
 
-        logits = jnp.zeros((view.length.shape[0], self.config.embedding.vocabulary), jnp.float32)
+        logits = jnp.zeros((view.length.shape[0], self.decoder.embedding.vocabulary), jnp.float32)
         return jax.lax.while_loop(behind, read, (cache, logits))
 
     def propose(self, state: State, view: View) -> tuple[Tree, State]:

@@ -276,6 +276,11 @@ class TestByName:
         made = make("aded", 40, stubs.random("rope"), 1)
         assert isinstance(made, ADED) and made.nodes == 40 and make("lookup+aded", 12, stubs.random("rope"), 1).nodes == 12
 
+    def test_beside_lookup_has_as_many_as_both_offer(self):
+        lm, script = stubs.scripted(b"abcabcabcabd", 3), [list(b"abc")]
+        out = generate(lm, script, 12, eos=(), drafter="lookup+aded")
+        assert bytes(out.tokens[0].tolist()) == b"abcabcabcabd" and list(out.speculation.sizes) == [1 + 4 * 12 + 23]
+
     def test_has_no_template(self):
         with pytest.raises(ValueError, match="number of nodes"):
             make("aded", trees.chain(3), stubs.random("rope"), 1)
