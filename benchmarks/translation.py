@@ -90,7 +90,7 @@ def main(arguments: Arguments) -> dict[str, Any]:
     texts, tokens, cut, began = [""] * count, 0, 0, time.perf_counter()
     groups = batches([len(row) for row in rows], min(arguments.batch, count))
     for done, group in enumerate(groups, 1):
-        longest = model.decoder.length - len(arguments.start or model.config.start)
+        longest = model.decoder.length - 1
         limit = min(2 * max(len(rows[i]) for i in group) + EXTRA, longest)
         found = beam_search(model, [rows[i] for i in group], limit, beams=arguments.beams, banned_tokens=banned,
                             length_penalty=arguments.length_penalty, early_stopping=arguments.early_stopping,

@@ -597,7 +597,7 @@ def main(arguments: Arguments) -> None:
     length = model.decoder.length
     if isinstance(model.config, EncoderDecoder):
         longest = model.config.encoder.length
-        room = len(model.config.start) + arguments.max_new_tokens <= length
+        room = 1 + arguments.max_new_tokens <= length  # the start's other tokens are new ones
         fits = [room and len(prompt) <= longest for prompt in prompts]
     else:
         fits = [len(prompt) + arguments.max_new_tokens <= length for prompt in prompts]

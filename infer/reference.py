@@ -20,7 +20,8 @@ from infer import machine
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A request: prompts of equal length, greedy; `lookup` is transformers' own prompt lookup of so many tokens (one row)."""
+    """A request: prompts of equal length, greedy; `lookup` is transformers' own prompt lookup of so many tokens (one row). What
+    a text begins with counts as new but for its first token, as in `jaxlm.generate`."""
 
     prompts: Sequence[Sequence[int]]
     new_tokens: int
@@ -95,8 +96,9 @@ def serve(pipe: multiprocessing.connection.Connection, path: str, begins: Sequen
         start = len(begins) or prompts.shape[1]  # what the answer begins behind
         began = time.perf_counter()
         with torch.inference_mode():
-            out = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=job.new_tokens,
-                                 do_sample=False, stopping_criteria=transformers.StoppingCriteriaList([Clock()]), **options)
+            out = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+                                 max_new_tokens=job.new_tokens - len(begins[1:]),
+                                 stopping_criteria=transformers.StoppingCriteriaList([Clock()]), **options)
         pipe.send(Reply(out[:, start:].tolist(), times[0] - began, times[-1] - times[0], len(times), lengths[0] - start,
                         peak_bytes()))
 

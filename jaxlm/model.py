@@ -158,8 +158,8 @@ def check_tokens(tokens: Any, vocabulary: int, positions: Any = None, lengths: A
 def forward(params: PyTree, cfg: config.Config, tokens: Int[Array, "B T"] | None = None, *,
             embeddings: Float[Array, "B T D"] | None = None, positions: Int[Array, "B T"] | None = None,
             lengths: Int[Array, "B"] | None = None, mask: Bool[Array, "B T T"] | None = None,
-            segments: Int[Array, "B T"] | None = None, prefix: Int[Array, "B T"] | None = None, cache: Cache | None = None,
-            context: Int[Array, "B"] | None = None, at: Int[Array, "B Q"] | None = None,
+            segments: Int[Array, "B T"] | None = None, prefix: Int[Array, "B T"] | Int[Array, "B"] | None = None,
+            cache: Cache | None = None, context: Int[Array, "B"] | None = None, at: Int[Array, "B Q"] | None = None,
             hidden: Sequence[int] = (), logits: bool = True, dtype: Any = None, remat: Any = None,
             types: Int[Array, "B T"] | None = None, memory: Memory | None = None) -> Output:
     """Logits of the tokens that follow each of the T given ones; of encoders, what the head makes of the text.
@@ -175,7 +175,7 @@ def forward(params: PyTree, cfg: config.Config, tokens: Int[Array, "B T"] | None
         and windows, segments and padding stay in force. [1, T, T] serves all rows.
       segments: packed documents, each in one piece: tokens attend within their own; 0 is padding. Not together with a cache.
       prefix: how many tokens from its segment's beginning every token of the segment may see, later ones only earlier ones;
-        0 is causal. Not together with a cache.
+        0 is causal. [B] is one for all of a row's tokens. Not together with a cache: a prefix is read in one call.
       cache: committed keys and values; a key's position is its slot.
       context: tokens each row will hold when this text is complete, which dynamic NTK and LongRoPE scale by (a prompt's length
         when it comes in chunks). Default: up to the largest position given.
@@ -225,11 +225,15 @@ def forward(params: PyTree, cfg: config.Config, tokens: Int[Array, "B T"] | None
         if len(wrong_types):
             raise ValueError(f"type {wrong_types[0]} is out of range: 0 to {cfg.embedding.types - 1}")
     memory = _memory(cfg, memory, cache, batch)
-    for name, array in (("segments", segments), ("prefix", prefix)):
-        if array is not None and cache is not None:
-            raise ValueError(f"{name}: for packed training batches, not together with a cache")
+    if segments is not None and cache is not None:
+        raise ValueError("segments: for packed training batches, not together with a cache")
+    if prefix is not None and cache is not None:
+        raise ValueError("prefix: not together with a cache, whose tokens would have had to see those that come now; give the "
+                         "whole prefix in the call that begins the text, later calls see all of it without being told")
     if lengths is not None and positions is not None:
         raise ValueError("forward takes positions or lengths, not both")
+    if prefix is not None and prefix.shape == (batch,):
+        prefix = jnp.broadcast_to(prefix[:, None], (batch, width))
     for name, array, shape in (("positions", positions, (batch, width)), ("segments", segments, (batch, width)),
                                ("prefix", prefix, (batch, width)), ("types", types, (batch, width)),
                                ("lengths", lengths, (batch,))):

@@ -185,8 +185,8 @@ REFUSED = {
     r"embeddings must be \[B, T, 16\], got \(2, 3, 8\)": {"embeddings": np.ones((2, 3, 8), np.float32)},
     "segments: for packed training batches, not together with a cache":
         {"tokens": TOKENS, "segments": TOKENS, "cache": cache.allocate(CFG.stack, 2, 4)},
-    "prefix: for packed": {"tokens": TOKENS, "prefix": TOKENS, "cache": cache.allocate(CFG.stack, 2, 4)},
-    r"prefix must be \(2, 3\), got \(2,\)": {"tokens": TOKENS, "prefix": TOKENS[:, 0]},
+    "prefix: not together with a cache": {"tokens": TOKENS, "prefix": TOKENS, "cache": cache.allocate(CFG.stack, 2, 4)},
+    r"prefix must be \(2, 3\), got \(3,\)": {"tokens": TOKENS, "prefix": TOKENS[0]},
     r"positions must be \(2, 3\), got \(3,\)": {"tokens": TOKENS, "positions": TOKENS[0]},
     r"segments must be \(2, 3\), got \(2, 2\)": {"tokens": TOKENS, "segments": TOKENS[:, :2]},
     r"lengths must be \(2,\), got \(3,\)": {"tokens": TOKENS, "lengths": np.ones(3, np.int32)},

@@ -24,8 +24,10 @@ from jaxlm.decoding.generate import (
     Source,
     biases_of,
     bucket,
+    counted,
     known,
     padded,
+    prefixes,
     prompt_width,
     several,
     slots_for,
@@ -235,8 +237,8 @@ def run(step: Step, params: PyTree, state: State, request: Request) -> State:
 
 @partial(jax.jit, static_argnames=("step", "slots"))
 def _prefill(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], slots: int,
-             source: Source | None) -> tuple[caching.Cache, Float[Array, "B V"]]:
-    return prefill(step, params, tokens, lengths, slots, source)[:2]
+             source: Source | None, prefix: Int[Array, "B"] | None) -> tuple[caching.Cache, Float[Array, "B V"]]:
+    return prefill(step, params, tokens, lengths, slots, source, prefix)[:2]
 
 
 @partial(jax.jit, static_argnames=("step", "beams"))
@@ -299,7 +301,7 @@ def beam_search(model: Model, prompts: Any, max_new_tokens: int = 128, *, beams:
                 early_stopping: bool | Literal["never"] = False, returned: int = 1, eos: Any = None,
                 forced_first: int | None = None, forced_last: int | None = None, no_repeat_ngram: int = 0,
                 min_new_tokens: int = 0, banned_tokens: Any = None, renormalise: bool = False, dtype: Any = None,
-                start: Any = None) -> Beams:
+                start: Any = None, prefix: Any = None) -> Beams:
     """The likeliest continuations of each prompt, as far as a beam search finds them; an encoder-decoder reads it as its source
     and begins a text of its own.
 
@@ -325,6 +327,7 @@ def beam_search(model: Model, prompts: Any, max_new_tokens: int = 128, *, beams:
       dtype: of the computation; default that of the weights.
       start: token ids that an encoder-decoder's text begins with, for all rows or for each; default the config's. They are
         not in the result; `no_repeat_ngram` sees them as a prompt.
+      prefix: how much of its beginning all of a prompt may see, as `generate` takes it.
 
     Raises:
       ValueError: for bad input, named; or when logits are not finite.
@@ -333,11 +336,8 @@ def beam_search(model: Model, prompts: Any, max_new_tokens: int = 128, *, beams:
     """
     (rows, sources), cfg = started(model, prompts, start), model.decoder
     batch, vocabulary = len(rows), cfg.embedding.vocabulary
-    before = np.array([0 if sources is None else len(row) - 1 for row in rows])  # what has been written of the new tokens
     limit = _whole("max_new_tokens", max_new_tokens, 1)
-    if limit <= max(before):
-        raise ValueError(f"max_new_tokens counts the {max(before)} tokens of start behind the first: it must be at least "
-                         f"{max(before) + 1}, got {limit}")
+    before = counted(rows, sources, np.full(batch, limit))
     beams = _whole("beams", beams, 1, vocabulary)
     returned = _whole("returned", returned, 1, beams)
     ngram = _whole("no_repeat_ngram", no_repeat_ngram, 0)
@@ -371,9 +371,10 @@ def beam_search(model: Model, prompts: Any, max_new_tokens: int = 128, *, beams:
     step, slots = Forward.of(model.config, dtype), max(slots_for(total, 0), width)
     tokens, lengths = map(jnp.asarray, padded(rows, width))
     source = None if sources is None else source_of(sources, model.config.encoder.length)
+    seen = prefixes(prefix, rows, sources)
     with model.context():
         params = model.ready
-        cache, logits = _prefill(step, params, tokens, lengths, slots, source)
+        cache, logits = _prefill(step, params, tokens, lengths, slots, source, seen)
         state = jax.device_get(_search(step, params, cache, logits, request, beams))
     bad = np.flatnonzero(~state.finite)
     if len(bad):

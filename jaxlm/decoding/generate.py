@@ -104,17 +104,21 @@ def _types(tree: PyTree) -> Types:
 
 
 def begin(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], slots: int,
-          source: Source | None = None) -> tuple[caching.Cache, Float[Array, "B V"], Float[Array, "B T D"],
-                                                 caching.Memory | None]:
+          source: Source | None = None, prefix: Int[Array, "B"] | None = None
+          ) -> tuple[caching.Cache, Float[Array, "B V"], Float[Array, "B T D"], caching.Memory | None]:
     """A cache of so many slots that holds the prompts, and the layers' keys and values of the sources; the logits after each
-    prompt's last token; what the head reads of every one; and what the encoder made of the sources."""
+    prompt's last token; what the head reads of every one; and what the encoder made of the sources.
+
+    Args:
+      prefix: how many tokens of its beginning all of a prompt may see.
+    """
     encoded = memory = None
     if step.whole is not None:
         encoded = model.encode(params, step.whole, source.tokens, lengths=source.lengths, dtype=step.dtype)
         memory = model.remember(params, step.whole, encoded)
         memory = memory.replace(layers=caching.constrained(memory.layers))
     out = model.forward(params, step.config, tokens, lengths=lengths, context=lengths, at=lengths[:, None] - 1,
-                        dtype=step.dtype, memory=memory)
+                        dtype=step.dtype, memory=memory, prefix=prefix)
     cache = caching.filled(out.kv, slots, lengths, memory)
     return cache.replace(layers=caching.constrained(cache.layers)), out.logits[:, 0], out.last, encoded
 
@@ -122,14 +126,15 @@ def begin(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: Int
 @partial(jax.jit, static_argnames=("step", "slots", "capacity", "logprobs", "types"))
 def _prefill(step: Forward, params: PyTree, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], request: loop.Request,
              slots: int, capacity: int, logprobs: bool, drafter: Drafter | None = None, kept: PyTree = None,
-             types: Types = (), source: Source | None = None) -> loop.State | speculation.State:
-    cache, logits, last, encoded = begin(step, params, tokens, lengths, slots, source)
+             types: Types = (), source: Source | None = None,
+             prefix: Int[Array, "B"] | None = None) -> loop.State | speculation.State:
+    cache, logits, last, encoded = begin(step, params, tokens, lengths, slots, source, prefix)
     state = loop.begin(cache, request, logits, capacity, logprobs)
     if drafter is None:
         return state
     digest = _digest(step, params, drafter, last) if drafter.reads_prompt else None
     words = None if step.whole is None else step.whole.encoder.embedding.vocabulary
-    start = Start(tokens, lengths, digest, slots, step.config.embedding.vocabulary, source, encoded, words)
+    start = Start(tokens, lengths, digest, slots, step.config.embedding.vocabulary, source, encoded, words, prefix)
     drafted = drafter.init(start, kept)
     return speculation.begin(state, tokens, drafter, drafted)
 
@@ -389,6 +394,49 @@ def started(model: Model, prompts: Any, start: Any) -> tuple[list[list[int]], li
     return starts, rows
 
 
+def counted(starts: Sequence[Sequence[int]], sources: Any, limits: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
+    """How many of each row's new tokens an encoder-decoder's start has: all but its first one. None of a decoder's prompt.
+
+    Raises:
+      ValueError: where none is left to be chosen.
+    """
+    before = np.array([0 if sources is None else len(row) - 1 for row in starts])
+    full = np.flatnonzero(limits <= before)
+    if len(full):
+        row = full[0]
+        raise ValueError(f"row {row}: max_new_tokens counts the {before[row]} tokens of start behind the first: it must be at "
+                         f"least {before[row] + 1}, got {limits[row]}")
+    return before
+
+
+def prefixes(prefix: Any, rows: Sequence[Sequence[int]], sources: Any) -> Int[Array, "B"] | None:
+    """How many tokens of its beginning all of each row may see; None where all rows are read from left to right.
+
+    Args:
+      prefix: True is all of a row, False or None nothing.
+
+    Raises:
+      ValueError: for what is neither True nor a number of tokens that the row has, once or once per row; names the row. And for
+        an encoder-decoder.
+    """
+    if hasattr(prefix, "__array__"):
+        prefix = np.asarray(prefix).tolist()
+    if prefix is None or prefix is False:
+        return None
+    if sources is not None:
+        raise ValueError("prefix is for decoders: an encoder-decoder's encoder sees all of its source")
+    if not isinstance(prefix, (bool, int, Sequence)) or isinstance(prefix, (str, bytes)):
+        raise ValueError(f"prefix must be True, a number of tokens, or one of them per row, got {prefix!r}")
+    found = []
+    for i, (row, one) in enumerate(zip(rows, _per_row("prefix", prefix, len(rows), (bool, int)), strict=True)):
+        one = len(row) * one if isinstance(one, (bool, np.bool_)) else one
+        if not isinstance(one, (int, np.integer)) or not 0 <= one <= len(row):
+            raise ValueError(f"the prefix of prompt {i} must be True or a whole number from 0 to its {len(row)} tokens, got "
+                             f"{one!r}")
+        found.append(one)
+    return jnp.asarray(found, jnp.int32) if any(found) else None
+
+
 def padded(rows: Sequence[Sequence[int]], width: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
     """Rows side by side, zeros behind them, and their lengths."""
     tokens = np.zeros((len(rows), width), np.int32)
@@ -442,7 +490,7 @@ class _Job:
     def __init__(self, model: Model, prompts: Any, *, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any,
                  min_p: Any, typical_p: Any, repetition_penalty: Any, presence_penalty: Any, frequency_penalty: Any,
                  logit_bias: Any, banned_tokens: Any, stop_strings: Any, eos: Any, key: Any, logprobs: bool, dtype: Any,
-                 drafter: Any, rule: Any, tree: Any, drafter_state: Any, start: Any):
+                 drafter: Any, rule: Any, tree: Any, drafter_state: Any, start: Any, prefix: Any):
         cfg = model.decoder
         self.model, (self.rows, self.sources) = model, started(model, prompts, start)
         batch, vocabulary = len(self.rows), cfg.embedding.vocabulary
@@ -452,12 +500,17 @@ class _Job:
             raise ValueError(f"max_new_tokens must be one number or one per row, got {max_new_tokens}") from error
         if limits.dtype.kind not in "iu" or limits.ndim > 1 or (limits.ndim and len(limits) != batch) or np.any(limits < 1):
             raise ValueError(f"max_new_tokens must be a positive integer, or one per row ({batch}), got {max_new_tokens}")
-        self.limits = np.broadcast_to(limits, batch)
-        for i, (row, limit) in enumerate(zip(self.rows, self.limits, strict=True)):
-            if len(row) + limit > cfg.length:
-                named = f"prompt {i}" if self.sources is None else f"the start of row {i}"
-                raise ValueError(f"{named} has {len(row)} tokens and {limit} new ones were asked for: together more than "
-                                 f"the model's context of {cfg.length}; at most {cfg.length - len(row)} fit")
+        limits = np.broadcast_to(limits, batch)
+        before = counted(self.rows, self.sources, limits)
+        for i, (row, limit) in enumerate(zip(self.rows, limits, strict=True)):
+            room = cfg.length - len(row) + before[i]
+            if limit > room:
+                named = f"prompt {i} has {len(row)} tokens" if self.sources is None else (
+                    f"the start of row {i} has 1 token that does not count")
+                raise ValueError(f"{named} and {limit} new ones were asked for: together more than the model's context of "
+                                 f"{cfg.length}; at most {room} fit")
+        self.limits = limits - before
+        self.prefix = prefixes(prefix, self.rows, self.sources)
         number = partial(_rows, batch=batch)
         settings = Settings(
             temperature=number("temperature", temperature, low=0, high=_LARGEST, off=0, kind=jnp.float32),
@@ -522,7 +575,7 @@ class _Job:
         params = self.model.ready
         with self.model.context():
             arguments = (step, params, jnp.asarray(tokens), jnp.asarray(lengths), self.request, slots, capacity, self.logprobs,
-                         self.drafter, self.kept, types, source)
+                         self.drafter, self.kept, types, source, self.prefix)
             spent = Seconds(compile=self.made + self._compile(_prefill, arguments))
             began = time.perf_counter()
             state = jax.block_until_ready(_prefill(*arguments))
@@ -656,8 +709,8 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
              presence_penalty: Any = 0.0, frequency_penalty: Any = 0.0, logit_bias: Any = None, banned_tokens: Any = None,
              stop_strings: Any = None, eos: Any = None, key: Any = 0, logprobs: bool = False, dtype: Any = None,
              drafter: str | Drafter | Model | None = None, rule: str | Rule | None = None, tree: int | Template | None = None,
-             drafter_state: PyTree = None, start: Any = None, on_text: Callable[[list[str]], None] | None = None,
-             segment: int = 16) -> Generation:
+             drafter_state: PyTree = None, start: Any = None, prefix: Any = None,
+             on_text: Callable[[list[str]], None] | None = None, segment: int = 16) -> Generation:
     """Continues each prompt; an encoder-decoder reads it as its source and begins a text of its own.
 
     Every number may be given per row. With the same key a row's text is the same whatever rows are beside it, and whatever
@@ -665,7 +718,8 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
 
     Args:
       prompts: a string, token ids, or a list of either.
-      max_new_tokens: at least 1.
+      max_new_tokens: at least 1. Of an encoder-decoder the tokens of `start` behind the first count too, as forced first tokens
+        do in transformers.
       temperature: 0 (greedy) takes the likeliest token, ties to the lowest id.
       top_k, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty: see
         `jaxlm.decoding.logits.Settings`.
@@ -685,6 +739,8 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
       drafter_state: what an earlier request's `speculation.state` left: a warm start.
       start: token ids that an encoder-decoder's text begins with (a language's, say), for all rows or for each; default the
         config's. The result's tokens are those that follow.
+      prefix: True lets all tokens of a prompt see each other, as a prefix language model or UniXcoder's encoder-decoder mode
+        does; a number lets its first tokens be seen by all. What follows is causal, and so is everything by default.
       on_text: called after the prefill and then every `segment` steps with each row's new text. The pieces add up to the
         result's text: what may yet turn out to begin a stop string, or lacks bytes of a character, is held back.
       segment: steps of the loop between two looks of the host; only with `on_text`.
@@ -700,7 +756,7 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
                typical_p=typical_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
                frequency_penalty=frequency_penalty, logit_bias=logit_bias, banned_tokens=banned_tokens,
                stop_strings=stop_strings, eos=eos, key=key, logprobs=logprobs, dtype=dtype, drafter=drafter, rule=rule,
-               tree=tree, drafter_state=drafter_state, start=start)
+               tree=tree, drafter_state=drafter_state, start=start, prefix=prefix)
     pieces = None if on_text is None else _Pieces(model.tokenizer, job.stops, job.sources is None)
     for state, spent in job.run(None if on_text is None else segment):  # noqa: B007 (the last is the result's)
         job.check(state)

@@ -69,7 +69,7 @@ def test_same_logits_as_transformers_for_rows_of_any_length(name):
 def test_generation_gives_the_same_text_as_transformers(name):
     case, lm = goldens()[0][name], loaded(name)
     assert list(lm.config.start) == case["start"] and case["margin"] > 2e-4
-    out = jaxlm.generate(lm, SOURCES, make_bart.NEW, logprobs=True)
+    out = jaxlm.generate(lm, SOURCES, make_bart.NEW + len(case["start"]) - 1, logprobs=True)
     assert [row.tolist() for row in out.tokens] == case["greedy"]
     np.testing.assert_allclose(np.stack(out.logprobs), goldens()[1][f"logprobs {name}"], rtol=0, atol=1e-4)
 
@@ -191,7 +191,7 @@ def test_what_is_saved_here_loads_in_transformers(name, tmp_path):
     again = jaxlm.load(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, again.params, lm.params)
     # The same text of all rows, which begins as it should.
-    start, ours = list(lm.config.start), jaxlm.generate(lm, SOURCES, make_bart.NEW - len(lm.config.start) + 1, eos=()).tokens
+    start, ours = list(lm.config.start), jaxlm.generate(lm, SOURCES, make_bart.NEW, eos=()).tokens
     for source, text in zip(SOURCES, ours, strict=True):
         out = reference.generate(torch.tensor([source]), max_new_tokens=make_bart.NEW, do_sample=False, num_beams=1,
                                  forced_eos_token_id=None, eos_token_id=None, pad_token_id=0)[0].tolist()
@@ -210,4 +210,4 @@ def test_the_generation_config_is_asked_first_as_in_transformers(tmp_path):
         reference, lm = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path), jaxlm.load(tmp_path)
         assert lm.config.start == tuple(given.values())
         out = reference.generate(torch.tensor(SOURCES[:1]), max_new_tokens=6, do_sample=False, pad_token_id=0)[0].tolist()
-        assert out == [*lm.config.start, *jaxlm.generate(lm, SOURCES[:1], len(out) - len(given)).tokens[0].tolist()]
+        assert out == [*lm.config.start, *jaxlm.generate(lm, SOURCES[:1], len(out) - 1).tokens[0].tolist()]

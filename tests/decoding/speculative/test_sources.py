@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import config, generate, model, sharding
+from jaxlm import beam_search, config, generate, model, sharding
 from jaxlm.decoding import generate as generating
 from jaxlm.decoding.speculative import cost
 from jaxlm.decoding.speculative import tree as trees
@@ -137,8 +137,22 @@ def test_a_mesh_gives_the_same_tokens():
 
 
 def test_a_start_that_leaves_no_room_is_named():
-    with pytest.raises(ValueError, match="the start of row 1 has 60 tokens and 9 new ones were asked for.*at most 4 fit"):
-        generate(stubs.with_source("relative"), [[1, 2]] * 2, 9, start=[[0], [0] * 60])
+    lm = stubs.with_source("relative")
+    with pytest.raises(ValueError, match="row 1: max_new_tokens counts the 59 tokens of start behind the.* least 60, got 9"):
+        generate(lm, [[1, 2]] * 2, 9, start=[[0], [0] * 60])
+    with pytest.raises(ValueError, match="start of row 0 has 1 token that does not count and 64 new ones were.*at most 63 fit"):
+        generate(lm, [[1, 2]] * 2, 64, start=[[0, 7], [0]])
+
+
+@pytest.mark.parametrize("drafter", [None, "lookup"])
+def test_a_start_counts_as_new_tokens_but_for_its_first(drafter):
+    """As in beam search, and as forced first tokens do in transformers."""
+    lm, sources, starts = stubs.with_source("relative"), [[5, 6, 7, 8], [9], [20, 21]], [[0], [0, 7, 8], [3, 4]]
+    out = generate(lm, sources, [8, 3, 8], start=starts, eos=(), drafter=drafter)
+    assert [len(row) for row in out.tokens] == [8, 1, 7] and out.finish == ["length"] * 3
+    found = beam_search(lm, sources, 8, start=starts, eos=(), beams=1)
+    assert [row.tolist() for row in found.tokens][::2] == [row.tolist() for row in out.tokens][::2]
+    assert len(found.tokens[1]) == 6
 
 
 TARGET = config.EncoderDecoder(

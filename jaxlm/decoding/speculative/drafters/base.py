@@ -42,6 +42,7 @@ class Start:
       source: what the target's encoder has read; None without one.
       memory: what it made of that: `Memory.hidden`.
       source_vocabulary: of the source's ids.
+      prefix: int32 [B], how many of its first tokens all of the prompt has seen; None where it was read from left to right.
     """
 
     tokens: Int[Array, "B T"]
@@ -52,6 +53,7 @@ class Start:
     source: Source | None = None
     memory: Memory | None = None
     source_vocabulary: int | None = flax.struct.field(pytree_node=False, default=None)
+    prefix: Int[Array, "B"] | None = None
 
     def searchable(self) -> Source | None:
         """The source, where its ids are those of the text: where both vocabularies are of one size."""
@@ -60,6 +62,11 @@ class Start:
     def valid(self) -> Bool[Array, "B T"]:
         """Where the prompt has tokens."""
         return jnp.arange(self.tokens.shape[1])[None] < self.length[:, None]
+
+    def predicted(self) -> Bool[Array, "B T"]:
+        """Where the logits are of a token that the model has not seen: not within a prefix but after its last token."""
+        valid = self.valid()
+        return valid if self.prefix is None else valid & (jnp.arange(self.tokens.shape[1])[None] >= self.prefix[:, None] - 1)
 
 
 @flax.struct.dataclass

@@ -100,7 +100,7 @@ class DraftModel(Grower):
         same_vocabulary(self.decoder, start.vocabulary)
         memory = self._read(start)
         out = model.forward(self.params, self.config, start.tokens, lengths=start.length, context=start.length, logits=False,
-                            dtype=self.dtype, memory=memory)
+                            dtype=self.dtype, memory=memory, prefix=start.prefix)
         # A call writes at most a chain, or the last two tokens, behind the text.
         cache = caching.filled(out.kv, start.slots + self.depth + _CATCH_UP, start.length, memory)
         cache = cache.replace(layers=caching.constrained(cache.layers))

@@ -148,7 +148,7 @@ class Recycling(Drafter):
             return tables
         before = [jnp.pad(start.tokens, ((0, 0), (back, 0)), constant_values=-1)[:, :start.tokens.shape[1]]
                   for back in range(1, self.order)]
-        return self._learn(tables, [start.tokens, *before], start.digest, start.valid().astype(jnp.int32) - 1)
+        return self._learn(tables, [start.tokens, *before], start.digest, start.predicted().astype(jnp.int32) - 1)
 
     def keep(self, state: tuple[Table, ...]) -> tuple[Table, ...]:
         """All of it."""
