@@ -14,7 +14,8 @@ import tyro
 
 import jaxlm
 from infer import session
-from jaxlm.config import EncoderDecoder
+from jaxlm import adapt
+from jaxlm.config import Encoder, EncoderDecoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,10 @@ class Arguments:
     """The source's language, as the model's tokenizer calls it (fr_XX, fra_Latn), where it puts one around a text."""
     start: tuple[str, ...] = ()
     """The tokens that an encoder-decoder's text begins with, "</s> fra_Latn" say; default the model's own."""
+    prefix: bool = False
+    """All tokens of the prompt see each other, as a prefix language model was trained."""
+    mode: Literal["decoder-only", "encoder-decoder"] | None = None
+    """UniXcoder's: the mode's token stands before the prompt, whose tokens all see each other in the second."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Sampling)
     speculating: Annotated[Speculating, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Speculating)
     seed: int = 0
@@ -97,7 +102,7 @@ def answer(model: jaxlm.Model, prompt: list[int], arguments: Arguments, drafter:
     if arguments.start:
         start = [(model.tokenizer.target or model.tokenizer).id(token) for token in arguments.start]
     if isinstance(model.config, EncoderDecoder):
-        before = len(start or model.config.start)
+        before = 1  # the start's other tokens are new ones
     room = model.decoder.length - before
     if room < 1:
         text = "start" if isinstance(model.config, EncoderDecoder) else "prompt"
@@ -106,7 +111,8 @@ def answer(model: jaxlm.Model, prompt: list[int], arguments: Arguments, drafter:
     options["stop_strings"] = options["stop_strings"] or None
     return jaxlm.generate(model, [prompt], min(arguments.max_new_tokens, room), key=arguments.seed, drafter=drafter,
                           tree=arguments.speculating.tree, rule=arguments.speculating.rule, drafter_state=state,
-                          start=start, on_text=lambda pieces: show(pieces[0]), **options)
+                          start=start, prefix=arguments.prefix or arguments.mode == "encoder-decoder",
+                          on_text=lambda pieces: show(pieces[0]), **options)
 
 
 def statistics(result: jaxlm.Generation) -> str:
@@ -177,6 +183,10 @@ def main(arguments: Arguments) -> None:
         raise ValueError(f"{arguments.model} has no tokenizer, so it cannot take text")
     if arguments.language is not None:
         model = dataclasses.replace(model, tokenizer=model.tokenizer.in_language(arguments.language))
+    if arguments.mode is not None:
+        model = dataclasses.replace(model, tokenizer=model.tokenizer.in_mode(arguments.mode))
+    if isinstance(model.config, Encoder) and (arguments.prefix or arguments.mode is not None):
+        model = adapt.to_decoder(model)
     if arguments.chat:
         converse(model, arguments, drafter, console)
         return

@@ -232,6 +232,28 @@ class Tokenizer:
         pieces = self.pieces and dataclasses.replace(self.pieces, config={**self.pieces.config, "src_lang": token.strip("_")})
         return dataclasses.replace(self, backend=backend, pieces=pieces)
 
+    def in_mode(self, mode: str) -> "Tokenizer":
+        """This tokenizer with a mode of UniXcoder's around a text: "<s> <encoder-decoder> </s> text </s>".
+
+        In decoder-only mode nothing stands behind the text, which is to go on. "<mask0>" in a text, UniXcoder's token for
+        what is to be written, is read as one token.
+
+        Args:
+          mode: "encoder-only", "decoder-only" or "encoder-decoder".
+
+        Raises:
+          ValueError: for another mode, or if the vocabulary has not its token.
+
+        Reference: Guo et al. 2022, https://arxiv.org/abs/2203.03850; `tokenize` of the code published with it.
+        """
+        if mode not in tokenizer_families.MODES:
+            raise ValueError(f"mode must be {', '.join(tokenizer_families.MODES)}, got {mode!r}")
+        self.id(f"<{mode}>")  # says so where there is none
+        tokens = [token for _, token in sorted(self.backend.get_added_tokens_decoder().items())]
+        backend = _rebuilt(self.backend, self.backend.model, tokens)
+        tokenizer_families.put_mode(backend, mode, self.names)
+        return dataclasses.replace(self, backend=backend)
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, continued: bool = False) -> str:
         """The text of ids.
 

@@ -38,6 +38,10 @@ LANGUAGES: Mapping[str, tuple[str, ...]] = {
 }
 """Language codes in the order of their ids. NLLB's files list theirs."""
 
+MODES = ("encoder-only", "decoder-only", "encoder-decoder")
+HOLE = "<mask0>"
+"""UniXcoder's, which its code adds to what its files say."""
+
 FAIRSEQ_NAMES = {
     "bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>",
     "cls_token": "<s>", "mask_token": "<mask>",
@@ -205,6 +209,15 @@ def put_language(backend: tokenizers.Tokenizer, code: str, eos: str, *, behind: 
     """A language's code before the text and the end behind it, or both behind, as mBART's first edition has them."""
     before, after = ("", f"{eos} {code}") if behind else (f"{code} ", eos)
     put_around(backend, f"{before}$A {after}", f"{before}$A $B {after}")
+
+
+def put_mode(backend: tokenizers.Tokenizer, mode: str, names: Mapping[str, str]) -> None:
+    """<s> <mode> </s> text </s>, without the last where the text goes on; UniXcoder's <mask0> becomes a token of texts."""
+    cls, sep = (names.get(f"{name}_token", token) for name, token in (("cls", "<s>"), ("sep", "</s>")))
+    before, after = f"{cls} <{mode}> {sep}", "" if mode == "decoder-only" else f" {sep}"
+    put_around(backend, f"{before} $A{after}", f"{before} $A {sep} $B{after}")
+    if backend.token_to_id(HOLE) is not None:
+        backend.add_special_tokens([AddedToken(HOLE, normalized=False, special=True)])
 
 
 def byte_spelling() -> dict[str, int]:

@@ -22,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from jaxlm.data import tokenizer_gguf
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizer_families import MODES
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = ["ð Ł", "h e", "l l", "he ll", "hell o", "Ġ hello", "Ã ©", "ðŁ ¦", "ðŁ¦ Ļ", "1 2", "12 3"]
@@ -800,6 +801,49 @@ class TestFamilies:
                 self.read(families, name).in_language("fr")
         with pytest.raises(ValueError, match="the vocabulary of 14 tokens has no 'fra_Latn'"):
             self.read(families, "bert").id("fra_Latn")
+
+    def unixcoder(self, directory):
+        tokens = [*FAIRSEQ, *(f"<{mode}>" for mode in MODES), "<mask0>", *ALPHABET,
+                  *(merge.replace(" ", "") for merge in MERGES)]
+        write(directory, vocab__json={token: i for i, token in enumerate(tokens)},
+              merges__txt="\n".join(["#version: 0.2", *MERGES]), tokenizer_config__json={"tokenizer_class": "RobertaTokenizer"},
+              config__json={"model_type": "roberta", "eos_token_id": 2})
+        return Tokenizer.from_directory(directory)
+
+    @pytest.mark.parametrize("mode, ends", [("encoder-only", True), ("decoder-only", False), ("encoder-decoder", True)])
+    def test_modes_of_unixcoder(self, tmp_path, mode, ends):
+        tokenizer = self.unixcoder(tmp_path)
+        inside = tokenizer.encode("def hello():", add_special=False)
+        moded = tokenizer.in_mode(mode)
+        expected = [0, tokenizer.id(f"<{mode}>"), 2, *inside, *([2] if ends else [])]
+        assert moded.encode("def hello():") == expected and moded.encode("def hello():", add_special=False) == inside
+        assert tokenizer.encode("def hello():") == [0, *inside, 2]
+        hole = moded.encode("def <mask0>():", add_special=False)
+        assert hole.count(tokenizer.id("<mask0>")) == 1 < len(hole) - len(moded.encode("def ():", add_special=False)) + 1
+        assert "mask0" in tokenizer.decode(tokenizer.encode("def <mask0>():")) and "mask0" not in moded.decode(hole)
+        assert moded.in_mode("encoder-only").encode("x") == tokenizer.in_mode("encoder-only").encode("x")
+        moded.save(tmp_path / "saved")
+        assert Tokenizer.from_directory(tmp_path / "saved").encode("def hello():") == expected
+
+    @pytest.mark.parity
+    @pytest.mark.parametrize("mode", MODES)
+    def test_modes_are_those_of_unixcoders_code(self, tmp_path, mode):
+        import transformers
+
+        ours = self.unixcoder(tmp_path).in_mode(mode)
+        theirs = transformers.RobertaTokenizer.from_pretrained(tmp_path)
+        theirs.add_tokens(["<mask0>"], special_tokens=True)
+        for text in ("def hello():\n    return 12", "hello <mask0> 🦙", " é", ""):
+            tokens = [theirs.cls_token, f"<{mode}>", theirs.sep_token, *theirs.tokenize(text),
+                      *([theirs.sep_token] if mode != "decoder-only" else [])]
+            assert ours.encode(text) == theirs.convert_tokens_to_ids(tokens)
+
+    def test_refuses_modes(self, families, tmp_path):
+        with pytest.raises(ValueError, match="mode must be encoder-only, decoder-only, encoder-decoder, got '<encoder-only>'"):
+            self.unixcoder(tmp_path).in_mode("<encoder-only>")
+        for name in ("bart", "bert", "mbart", "marian"):
+            with pytest.raises(ValueError, match="the vocabulary of .* tokens has no '<encoder-decoder>'"):
+                self.read(families, name).in_mode("encoder-decoder")
 
     def test_saved_reads_back(self, families, tmp_path):
         texts = [*TEXTS, ">>fra<< the dog", "<mask> the  <mask>"]

@@ -15,7 +15,7 @@ import tyro
 
 import jaxlm
 from infer import assets, convert, demo, generate, perplexity, session
-from jaxlm import config, model, params
+from jaxlm import adapt, config, model, params
 from jaxlm.data.tokenizer import Tokenizer
 
 TEMPLATE = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -65,6 +65,34 @@ def test_generate_prints_one_json_object_last(directory):
     assert result["text"] == expected.text[0]
     assert result["prompt_tokens"] == 2
     assert result["prefill_s"] > 0 and result["decode_s"] >= 0 and result["tokens_per_s"] >= 0
+
+
+def test_a_prefix(directory):
+    out = run(generate, "--model", str(directory), "--prompt", "abcdef", "--max-new-tokens", "5", "--raw", "--json", "--prefix")
+    expected = jaxlm.generate(jaxlm.load(directory), ["abcdef"], 5, prefix=True)
+    assert json.loads(out.splitlines()[-1])["tokens"] == expected.tokens[0].tolist()
+
+
+def test_unixcoder_in_its_modes(tmp_path):
+    """An encoder's directory, read as what writes."""
+    letters = ["<s>", "<pad>", "</s>", "<unk>", "<encoder-only>", "<decoder-only>", "<encoder-decoder>", *"abc"]
+    attention = config.Attention(2, 2, 8, None, causal=False, bias=True, out_bias=True)
+    norm = config.LayerNorm(1e-12)
+    block = config.Block(attention, config.Dense(24, config.Activation.GELU, False, True), config.PostNorm(norm))
+    cfg = config.Encoder(16, config.Embedding(len(letters), position=config.Learned(42, 2), norm=norm, types=1),
+                         config.stack_of([block] * 2), None, None, 40)
+    lm = jaxlm.Model(cfg, params.init(model.spec(cfg), jax.random.key(0)))
+    jaxlm.io.save(lm, tmp_path, family="roberta")
+    (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    writes = adapt.to_decoder(lm)
+    for mode, prefix, prompt in (("encoder-decoder", True, [0, 6, 2, 7, 9, 8, 2]), ("decoder-only", False, [0, 5, 2, 7, 9, 8])):
+        out = run(generate, "--model", str(tmp_path), "--prompt", "acb", "--max-new-tokens", "6", "--json", "--mode", mode)
+        expected = jaxlm.generate(writes, [prompt], 6, prefix=prefix, eos=2)
+        result = json.loads(out.splitlines()[-1])
+        assert result["tokens"] == expected.tokens[0].tolist() and result["prompt_tokens"] == len(prompt)
+    with pytest.raises(ValueError, match="an encoder writes no text"):
+        run(generate, "--model", str(tmp_path), "--prompt", "acb", "--json")
 
 
 def test_the_chat_template_is_applied_unless_raw(directory):

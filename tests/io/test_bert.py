@@ -222,6 +222,27 @@ def test_unixcoders_three_modes():
     np.testing.assert_allclose(out.logits, theirs @ words.T, rtol=0, atol=1e-3)
 
 
+def written_by(reads, source, new):
+    """The tokens that follow a source in encoder-decoder mode, by whole forward passes of the stack under a mask."""
+    text, causal = list(source), np.tri(16, dtype=bool)
+    mask = jnp.asarray(causal | ((np.arange(16) < len(source))[None] & (np.arange(16) < len(source))[:, None]))[None]
+    words = np.asarray(reads.params["encoder"]["embedding"]["tokens"])
+    run = tiny.jit(lambda params, tokens: model.forward(params, reads.config, tokens, mask=mask).last[0])
+    for _ in range(new):
+        text.append(int(np.argmax(np.asarray(run(reads.params, rows([text])))[len(text) - 1] @ words.T)))
+    return text[len(source):]
+
+
+def test_unixcoder_writes():
+    """What it has read as a whole goes on from left to right, in the mode of an encoder-decoder."""
+    reads = built("roberta")
+    writes, sources = adapt.to_decoder(reads), [make_bert.TEXTS[1], make_bert.TEXTS[0][:9]]
+    out = jaxlm.generate(writes, sources, 7, prefix=True, eos=(), logprobs=True)
+    assert [row.tolist() for row in out.tokens] == [written_by(reads, source, 7) for source in sources]
+    causal = jaxlm.generate(writes, sources, 7, eos=(), logprobs=True)
+    assert abs(causal.logprobs[1][0] - out.logprobs[1][0]) > 1e-3
+
+
 # Live.
 
 LONGER = [[int(i) for i in np.random.default_rng(1).integers(4, 64, length)] for length in (16, 3, 11)]
@@ -274,6 +295,30 @@ def test_checkpoints_go_back_and_forth(name, tmp_path):
     cls = json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"][0]
     assert cls == CASES[name]["config"]["architectures"][0].replace("BertForPreTraining", "BertForMaskedLM")
     same(loaded, from_transformers(tmp_path / "ours", cls))
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["encoder-decoder", "decoder-only"])
+def test_unixcoder_writes_what_its_code_does(mode, tmp_path):
+    """Its code: RobertaModel under a mask, and the table of words as the head."""
+    import torch
+
+    reference, sources, new = make_bert.build(CASES["roberta"]["config"]), make_bert.TEXTS[:2], 4
+    reference.save_pretrained(tmp_path)
+    lm = adapt.to_decoder(jaxlm.load(tmp_path))
+    ours = jaxlm.generate(lm, sources, new, eos=(), prefix=mode == "encoder-decoder")
+    for source, row in zip(sources, ours.tokens, strict=True):
+        text = list(source)
+        for _ in range(new):
+            allowed = torch.ones(len(text), len(text)).tril()
+            if mode == "encoder-decoder":
+                allowed[:len(source), :len(source)] = 1
+            bias = torch.where(allowed > 0, 0.0, torch.finfo(torch.float32).min)[None, None]
+            with torch.no_grad():
+                last = reference(torch.tensor([text]), attention_mask=bias).last_hidden_state[0, -1]
+                text.append(int(torch.argmax(reference.embeddings.word_embeddings.weight @ last)))
+        assert row.tolist() == text[len(source):]
 
 
 @pytest.mark.parity
