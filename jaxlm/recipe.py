@@ -18,20 +18,65 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
-from jaxlm import config, model, objectives, params, sharding
+from jaxlm import config, io, model, objectives, params, sharding
 from jaxlm.data.source import Source
 from jaxlm.data.stream import Batches, Phase, Plan
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokenizer_train import BytePairs
 from jaxlm.objectives import Objective
+from jaxlm.training.checkpoint import difference
 from jaxlm.training.optimizer import Optimizer
 from jaxlm.training.step import Metrics, State, advance, begin
+from jaxlm.weight import is_weight
 
 REMAT = {"none": None, "full": jax.checkpoint_policies.nothing_saveable,
          "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 INPUTS = ("inputs", "input_segments")  # of a batch of pairs: as long as `Recipe.inputs`, not `Recipe.length`
-CHANGEABLE = ("objective", "phases")  # of what is known of a run: a checkpoint is of use with others, when that is meant
+CHANGEABLE = ("objective", "phases", "initial")  # of what is known of a run: a checkpoint is of use with others, when meant
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """Weights to begin with, of models that are there already.
+
+    They are read in float32, tensor by tensor, into arrays that are split over the mesh of the run: no device and no host
+    holds more than its part, nor of what `jaxlm.adapt` makes of such arrays.
+
+    Attributes:
+      paths: of one model or several, as `jaxlm.load` takes them: directories of Hugging Face's layout, which
+        `python -m train.export` and `jaxlm.save` write too, GGUF files, or names on the Hub.
+      adapt: from these models, in their order, to the one that is trained: a function of `jaxlm.adapt`, as it is or in a
+        `functools.partial`, or one's own. None where the one model needs no change. A run is known by this function's name and
+        arguments, not by what is in it.
+
+    Example:
+      >>> Pretrained("clm_code").paths
+      ('clm_code',)
+    """
+
+    paths: str | tuple[str, ...]
+    adapt: Callable[..., model.Model] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.paths, str):
+            object.__setattr__(self, "paths", (self.paths,))
+        if not self.paths or (len(self.paths) > 1 and self.adapt is None):
+            raise ValueError("Pretrained takes the path of a model, or several and a function that makes one of them, got "
+                             f"{len(self.paths)} paths and {'no' if self.adapt is None else 'a'} function")
+
+    def load(self, mesh: Mesh) -> model.Model:
+        """The model, its weights split over the mesh.
+
+        Raises:
+          ValueError: as `jaxlm.load` and the function, and when that gives something else.
+          OSError: as `jaxlm.load`.
+        """
+        read = [io.load(path, jnp.float32, mesh) for path in self.paths]
+        found = read[0] if self.adapt is None else self.adapt(*read)
+        if not isinstance(found, model.Model):
+            raise ValueError(f"Pretrained.adapt gives a jaxlm.Model, {self.adapt!r} gave a {type(found).__name__}")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +104,9 @@ class Recipe:
       seed: of weights, order and examples.
       checkpoint_every, evaluate_every: steps; None at the end only.
       evaluation_batches: read by an evaluation, always the same ones.
+      initial: the weights before the first step, with the tokenizer that they were made with: the path of a model, see
+        `Pretrained`, or one that says what is made of it. None begins with random ones. A run that goes on does so from its own
+        checkpoint. Weights that only training has, like a momentum encoder's, begin as they would, a copy as what it copies.
       evaluation: what they ask, whatever is learned meanwhile, with the loss of that or the common one. None is the next token
         of plain text, so that bits per byte are those of the text; for models that do not learn it, the objective of the last
         phase. Of pairs, bits per byte are those of the targets.
@@ -87,8 +135,13 @@ class Recipe:
     evaluate_every: int | None = None
     evaluation_batches: int = 8
     evaluation: Objective | None = None
+    initial: str | Pretrained | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.initial, str):
+            object.__setattr__(self, "initial", Pretrained((self.initial,)))
+        if not isinstance(self.initial, Pretrained | None):
+            raise ValueError(f"initial is the path of a model, a jaxlm.recipe.Pretrained or None, got {self.initial!r}")
         for length, side in self.sides:
             if length > side.length:
                 raise ValueError(f"rows of {length} tokens are longer than the model's context of {side.length}")
@@ -152,12 +205,15 @@ class Recipe:
         one = self.optimizer
         moments = {"kind": type(one.kind).__name__, "clip": one.clip is not None, "decay": bool(one.kind.weight_decay),
                    "multipliers": bool(one.multipliers), "frozen": list(one.frozen)}
+        if one.freeze is not None:
+            moments["freeze"] = list(one.freeze.paths)
         phases = [{"sources": [[_said(source), share] for source, share in phase.sources], "steps": phase.steps}
                   for phase in self.phases]
         inputs = {} if self.inputs is None else {"inputs": self.inputs}
+        initial = {} if self.initial is None else {"initial": _said(self.initial)}
         return {"model": config.to_dict(self.model), "optimizer": moments, "average": self.average is not None,
                 "rows": self.rows, "length": self.length, **inputs, "seed": self.seed, "cut": self.cut,
-                "number of phases": len(phases), "objective": _said(self.objective), "phases": phases}
+                "number of phases": len(phases), "objective": _said(self.objective), "phases": phases, **initial}
 
 
 def _said(one: Any) -> str:
@@ -171,6 +227,13 @@ def _said(one: Any) -> str:
         fields = ", ".join(f"{field.name}={_said(getattr(one, field.name))}" for field in dataclasses.fields(one))
         return f"{type(one).__name__}({fields})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(one))
+
+
+def _without_lengths(cfg: config.Config) -> dict[str, Any]:
+    """A config as plain JSON, but for the longest texts that its sides are asked to read."""
+    found = config.to_dict(cfg)
+    return {name: {inner: one for inner, one in part.items() if inner != "length"} if isinstance(part, dict) else part
+            for name, part in found.items() if name != "length"}
 
 
 def identity(tokenizer: Tokenizer) -> str:
@@ -337,9 +400,16 @@ class Program:
         # The key too as a shape: a mesh of devices that are not here makes no arrays.
         return jax.eval_shape(self._begin, jax.eval_shape(functools.partial(jax.random.key, 0)))
 
-    def _begin(self, key: Key[Array, ""]) -> State:
+    def _begin(self, key: Key[Array, ""], given: PyTree = None) -> State:
         first, rest = jax.random.split(key)
         weights, carry = (params.init(spec, first) for spec in (self.spec, self.carry))
+        if given is not None:
+            weights, shapes = weights | given, params.paths(given)
+
+            def follow(path: tuple[Any, ...], leaf: Array) -> Array:
+                same = shapes.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+                return leaf if same is None or same.shape != leaf.shape else same.astype(leaf.dtype)
+            carry = jax.tree_util.tree_map_with_path(follow, carry)
         return begin(weights, self.transform, rest, self.recipe.average is not None, carry)
 
     def abstract(self) -> State:
@@ -448,9 +518,40 @@ class Run(Program):
         return Batches(self.plan, self.rows, state=None if rows is None else whole(rows), step=step, workers=workers)
 
     def begin(self) -> State:
-        """The state before the first step."""
+        """The state before the first step.
+
+        Raises:
+          ValueError: as `Pretrained.load`, and for weights of another model or made with another tokenizer than the recipe's.
+        """
+        given = () if self.recipe.initial is None else (self._given(self.recipe.initial),)
         with jax.set_mesh(self.mesh):
-            return jax.jit(self._begin, out_shardings=self.shardings)(jax.random.key(self.recipe.seed))
+            return jax.jit(self._begin, out_shardings=self.shardings)(jax.random.key(self.recipe.seed), *given)
+
+    def _given(self, initial: Pretrained) -> PyTree:
+        """The weights that are there already, where those of the recipe lie."""
+        found, which, wanted = initial.load(self.mesh), ", ".join(initial.paths), self.recipe.model
+        spec = model.spec(wanted)
+        shapes, weights = params.paths(spec), params.paths(found.params, is_leaf=is_weight)
+        for path in [*shapes, *(path for path in weights if path not in shapes)]:
+            theirs = tuple(weights[path].shape) if path in weights else "missing"
+            ours = shapes[path].shape if path in shapes else "no such weight"
+            if theirs != ours:
+                raise ValueError(f"the weights of {which} are not those of the recipe's model: {path} is {theirs}, the "
+                                 f"recipe's is {ours}; Pretrained.adapt may make one of the other")
+            if is_weight(weights[path]):
+                raise ValueError(f"the weights of {which} cannot be trained: {path} is a {type(weights[path]).__name__}, it "
+                                 "has to be a plain array")
+        # Weights that fit can be those of another model all the same: causal or not, another rotation.
+        other = difference(_without_lengths(found.config), _without_lengths(wanted))
+        if other is not None:
+            raise ValueError(f"the weights of {which} fit the recipe's model, but are of another one: {other}; where that is "
+                             "meant, a function as Pretrained.adapt gives them with the recipe's config")
+        if found.tokenizer is not None and identity(found.tokenizer) != identity(self.tokenizer):
+            raise ValueError(f"the weights of {which} were made with another tokenizer ({identity(found.tokenizer)}) than the "
+                             f"recipe's ({identity(self.tokenizer)}); where that is meant, a function as Pretrained.adapt "
+                             "gives them without one")
+        return jax.tree.map(lambda leaf, over: jax.device_put(leaf.astype(jnp.float32), over), found.params,
+                            sharding.shardings(spec, self.mesh))
 
     def abstract_rows(self) -> jax.ShapeDtypeStruct:
         """Shape, dtype and sharding of what batches keep."""

@@ -59,6 +59,8 @@ class Arguments:
     """Of pairs, tokens of a sequence's inputs."""
     pieces: int | None = None
     """Parts of a batch that are taken one after another: less memory, the same result."""
+    initial: str | None = None
+    """The model whose weights training begins with: a directory like those of train.export, or a name on the Hub."""
     seed: int | None = None
     """Of weights, order and examples."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -82,8 +84,8 @@ class Arguments:
     profile: bool = False
     """Write a trace of the 6th to 8th step from where this run begins to its folder."""
     changed_data: bool = False
-    """Go on from a checkpoint of another objective or other data too: as many documents of the new data are left out as it had
-    read of the old."""
+    """Go on from a checkpoint of another objective, other data or another beginning too: as many documents of the new data are
+    left out as it had read of the old."""
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
     json: bool = False
     """Print the results as one line of JSON."""
@@ -132,7 +134,8 @@ def read_mesh(axes: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 
 def changed(recipe: Recipe, arguments: Any) -> Recipe:
     """The recipe with what the command line says otherwise, as far as a program's arguments name it."""
-    names = ("steps", "rows", "length", "inputs", "pieces", "seed", "dtype", "remat", "checkpoint_every", "evaluate_every")
+    names = ("steps", "rows", "length", "inputs", "pieces", "initial", "seed", "dtype", "remat", "checkpoint_every",
+             "evaluate_every")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
     if arguments.mesh:
         given["mesh"] = read_mesh(arguments.mesh)

@@ -94,7 +94,7 @@ def to_encoder_decoder(model: Model, encoder: Model | None = None, *, start: Seq
 
 def but_cross_attention(cfg: config.EncoderDecoder) -> tuple[str, ...]:
     """The paths of all weights but cross-attention's, its norms' and the product's between encoder and decoder: what is frozen
-    (`jaxlm.training.optimizer.Optimizer.frozen`) while fresh cross-attention warms up."""
+    (`jaxlm.training.optimizer.Freeze`) while fresh cross-attention warms up."""
     return tuple(path for path in params.paths(models.spec(cfg)) if CROSS not in path and not path.startswith("projection/"))
 
 
@@ -260,5 +260,7 @@ def _stacked(layers: list[tuple[PyTree, int]]) -> PyTree:
 def _init(model: Model, spec: PyTree, key: Key[Array, ""]) -> PyTree:
     """Fresh weights in the model's dtype, split over its mesh."""
     side = "decoder" if isinstance(model.config, config.Decoder) else "encoder"
-    made = params.init(spec, key, model.params[side]["embedding"]["tokens"].dtype)
-    return made if model.mesh is None else jax.device_put(made, sharding.shardings(spec, model.mesh))
+    dtype = model.params[side]["embedding"]["tokens"].dtype
+    if model.mesh is None:
+        return params.init(spec, key, dtype)
+    return jax.jit(lambda key: params.init(spec, key, dtype), out_shardings=sharding.shardings(spec, model.mesh))(key)

@@ -6,9 +6,10 @@ Weight decay, frozen parts and multipliers of the learning rate are chosen by pa
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 from optax import contrib
@@ -73,6 +74,27 @@ class Muon:
 
 
 @dataclasses.dataclass(frozen=True)
+class Freeze:
+    """Weights that stay as they are, to the bit, for a training's first steps, and are trained like all others from then on.
+
+    It is one compiled step before and after, so steps before take as long. What is frozen counts nothing in the gradient's norm
+    that `Optimizer.clip` looks at. Its moments are those of a first step when it is freed, their correction for that too: what
+    gradients were before says little of weights that all others have meanwhile been fitted to.
+
+    Attributes:
+      paths: patterns of the weights' paths, as `jaxlm.adapt.but_cross_attention` gives them.
+      steps: how many of the first; counted like the schedule's, so that what is skipped counts too.
+    """
+
+    paths: tuple[str, ...]
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not self.paths or self.steps < 1:
+            raise ValueError(f"what is frozen at first has paths, and at least 1 step, got {self}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Optimizer:
     """What makes an update of a gradient.
 
@@ -83,6 +105,7 @@ class Optimizer:
       frozen: patterns of the paths that stay as they are, and need no memory for moments.
       multipliers: (pattern, factor of the learning rate, above 0); later ones overrule. Weight decay goes by the schedule
         alone, so all weights forget old updates at the same pace (Wang & Aitchison 2024, https://arxiv.org/abs/2405.13698).
+      freeze: what stays as it is for the first steps only; None for nothing.
     """
 
     kind: AdamW | Lion | Adafactor | Muon
@@ -91,16 +114,21 @@ class Optimizer:
     decayed: tuple[str, ...] | None = None
     frozen: tuple[str, ...] = ()
     multipliers: tuple[tuple[str, float], ...] = ()
+    freeze: Freeze | None = None
 
     def transform(self, spec: Spec) -> optax.GradientTransformation:
         """The optax transformation for weights of this spec.
 
         Raises:
-          ValueError: for a pattern that matches no path, a factor that is not above 0, and when everything is frozen.
+          ValueError: for a pattern that matches no path, a factor that is not above 0, and when everything is frozen, for the
+            first steps too.
         """
         frozen = select(spec, *self.frozen) if self.frozen else {}
         if len(frozen) == len(paths(spec)):
             raise ValueError(f"all weights are frozen by {', '.join(self.frozen)}: there is nothing to train")
+        held = {} if self.freeze is None else select(spec, *self.freeze.paths)
+        if self.freeze is not None and len(frozen | held) == len(paths(spec)):
+            raise ValueError(f"all weights are frozen for the first {self.freeze.steps} steps: there is nothing to train")
         factors = dict.fromkeys(paths(spec), 1.0)
         for pattern, factor in self.multipliers:
             if not factor > 0:
@@ -108,12 +136,22 @@ class Optimizer:
                                  "there is frozen")
             factors |= dict.fromkeys(select(spec, pattern), factor)
         parts = [] if self.clip is None else [optax.clip_by_global_norm(self.clip)]
-        parts += [self._precondition(spec)]
+        if self.freeze is None:
+            parts.append(self._precondition(spec))
+        else:
+            # Apart, since moments have one count for all weights, by which they are corrected.
+            moments = {"first": self._precondition(spec), "later": _from(self.freeze.steps, self._precondition(spec))}
+            when = {path: "later" if path in held else "first" for path in paths(spec)}
+            parts.append(optax.multi_transform(moments, _tree(spec, when)))
         if self.multipliers:
             parts.append(_by_path(lambda path, update: update * factors[path]))
         if self.kind.weight_decay:
             parts.append(optax.add_decayed_weights(self.kind.weight_decay, _tree(spec, self._decays(spec))))
         parts.append(optax.scale_by_learning_rate(self.schedule))
+        if self.freeze is not None:
+            # Of the gradient, for the norm that is clipped; of the update, for the decay.
+            stays = _zero_before(self.freeze.steps, set(held))
+            parts = [stays, *parts, stays]
         labels = _tree(spec, {path: "frozen" if path in frozen else "trained" for path in paths(spec)})
         return optax.multi_transform({"trained": optax.chain(*parts), "frozen": optax.set_to_zero()}, labels)
 
@@ -146,6 +184,46 @@ class Optimizer:
                 labels = _tree(spec, {path: "muon" if found else "adam" for path, found in axes.items()})
                 adam = optax.scale_by_adam(others.b1, others.b2, others.eps)
                 return optax.multi_transform({"muon": muon, "adam": adam}, labels)
+
+
+class _Waiting(NamedTuple):
+    """A clock, which goes on over skipped steps as a schedule's does (`jaxlm.training.step.advance`), and what waits for it."""
+
+    clock: optax.ScaleByScheduleState
+    inner: Any
+
+
+def _begun() -> optax.ScaleByScheduleState:
+    return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+
+def _passed(clock: optax.ScaleByScheduleState) -> optax.ScaleByScheduleState:
+    return optax.ScaleByScheduleState(count=optax.safe_increment(clock.count))
+
+
+def _from(steps: int, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transformation from a step on; until then it gives what it is given, and stays as it began."""
+    def init(params: PyTree) -> _Waiting:
+        return _Waiting(_begun(), inner.init(params))
+
+    def update(updates: PyTree, state: _Waiting, params: PyTree | None = None) -> tuple[PyTree, _Waiting]:
+        live = state.clock.count >= steps
+        new = inner.update(updates, state.inner, params)
+        updates, after = jax.tree.map(lambda new, old: jnp.where(live, new, old), new, (updates, state.inner))
+        return updates, _Waiting(_passed(state.clock), after)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _zero_before(steps: int, held: set[str]) -> optax.GradientTransformation:
+    """Nothing for these paths until a step."""
+    def update(updates: PyTree, clock: optax.ScaleByScheduleState,
+               params: PyTree | None = None) -> tuple[PyTree, optax.ScaleByScheduleState]:
+        live = clock.count >= steps
+        updates = _map(lambda path, leaf: jnp.where(live, leaf, jnp.zeros_like(leaf)) if path in held else leaf, updates)
+        return updates, _passed(clock)
+
+    return optax.GradientTransformation(lambda params: _begun(), update)
 
 
 def _matrix(path: str, param: Param) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm import model
 from jaxlm.params import Param, paths
-from jaxlm.training.optimizer import Adafactor, AdamW, Lion, Muon, Optimizer
+from jaxlm.training.optimizer import Adafactor, AdamW, Freeze, Lion, Muon, Optimizer
 from jaxlm.training.schedule import Constant, Linear
 from tests import tiny
 
@@ -157,7 +157,44 @@ def test_every_kind_takes_a_models_spec(kind):
     ({"frozen": ("nothing/*",)}, "no path matches 'nothing/\\*'; paths are like blocks/"),
     ({"decayed": ("x",)}, "no path matches 'x'"), ({"multipliers": (("x", 2.0),)}, "no path matches 'x'"),
     ({"multipliers": (("blocks/w", 0.0),)}, "multiplier of 'blocks/w' has to be above 0, got 0.0; .* frozen"),
-    ({"frozen": ("*",)}, "all weights are frozen by \\*")])
+    ({"frozen": ("*",)}, "all weights are frozen by \\*"),
+    ({"freeze": Freeze(("nothing/*",), 2)}, "no path matches 'nothing/\\*'"),
+    ({"freeze": Freeze(("blocks/*",), 2), "frozen": ("embedding/*",)}, "all weights are frozen for the first 2 steps")])
 def test_says_what_is_wrong(fields, message):
     with pytest.raises(ValueError, match=message):
         Optimizer(AdamW(), Constant(0.1), **fields).transform(SPEC)
+
+
+KINDS = [AdamW(), Lion(weight_decay=0.3), Adafactor(weight_decay=0.1), Muon()]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: type(kind).__name__)
+def test_what_is_frozen_at_first_then_begins(kind):
+    """Nothing of it moves, decay included; then it does what an optimizer's first steps do, all others what they would have."""
+    held, free = ("blocks/*",), ("embedding/tokens",)
+    given = {"clip": None, "decayed": ("*",)}
+    later = Optimizer(kind, Constant(0.01), freeze=Freeze(held, 2), **given)
+    start = {path: np.asarray(weight) for path, weight in paths(WEIGHTS).items()}
+    for steps in (1, 2):
+        found = run(later, steps)
+        assert all(found[path].tobytes() == start[path].tobytes() for path in start if path not in free)
+    found, fresh = run(later), run(Optimizer(kind, Constant(0.01), **given), 2, gradients=GRADIENTS[2:])
+    unfrozen = run(Optimizer(kind, Constant(0.01), **given))
+    for path in start:
+        np.testing.assert_allclose(found[path], (unfrozen if path in free else fresh)[path], rtol=1e-5, err_msg=path)
+        assert not np.array_equal(found[path], start[path])
+
+
+def test_what_is_frozen_at_first_does_not_count_when_the_gradient_is_clipped():
+    """Until it is free; and infinite gradients of it do no harm."""
+    wild = jax.tree.map(lambda leaf: leaf, GRADIENTS[0])
+    wild["embedding"] = {"tokens": jnp.full((5, 4), jnp.inf)}
+    plain = AdamW(b1=0.0, b2=0.0, eps=1e6, weight_decay=0.0)  # its update is the gradient over epsilon
+    given = {"kind": plain, "schedule": Constant(1e6), "clip": 0.5}
+    later = Optimizer(**given, freeze=Freeze(("embedding/*",), 1))
+    want = run(Optimizer(**given, frozen=("embedding/*",)), 1)
+    check(run(later, 1, gradients=[wild]), want)
+    both = run(later, 2, gradients=[wild, GRADIENTS[1]])
+    norm = np.sqrt(sum((np.asarray(leaf) ** 2).sum() for leaf in jax.tree.leaves(GRADIENTS[1])))
+    for path, weight in want.items():
+        np.testing.assert_allclose(weight - both[path], 0.5 / norm * paths(GRADIENTS[1])[path], rtol=2e-3, atol=1e-5)

@@ -8,7 +8,9 @@ import optax
 import pytest
 
 from jaxlm import sharding
+from jaxlm.params import Param
 from jaxlm.training import step as steps
+from jaxlm.training.optimizer import AdamW, Freeze, Optimizer
 
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 Y = np.random.default_rng(1).normal(size=8).astype(np.float32)
@@ -146,6 +148,24 @@ def test_the_schedule_goes_on_over_skipped_steps_and_moments_do_not():
     np.testing.assert_array_equal(skipped.params["w"], START["w"])
     once, later = (np.asarray(step(state, BATCH).params["w"]) - np.asarray(START["w"]) for state in (first, skipped))
     np.testing.assert_allclose(later, 4 * once, rtol=1e-5)
+
+
+def test_what_is_frozen_at_first_counts_skipped_steps_and_waits_with_its_moments():
+    """So it is free at the same step as the schedule says; Adam's correction is that of a first update then."""
+    spec = {name: Param((3,), (None,)) for name in START} | {"b": Param((3,), (None,))}
+    optimizer = Optimizer(AdamW(weight_decay=0.0), lambda step: 0.1, clip=None, freeze=Freeze(("w",), 2))
+    transform, start = optimizer.transform(spec), START | {"b": jnp.zeros(3)}
+
+    def both(params, batch, key, carry):
+        return squares({"w": params["w"] + params["b"]}, batch, key, carry)
+
+    step = jax.jit(lambda state, batch: steps.advance(both, transform, state, batch, skip=True)[0])
+    bad = BATCH | {"y": np.full(8, np.nan, np.float32)}
+    state = step(step(steps.begin(start, transform, jax.random.key(0)), bad), BATCH)
+    np.testing.assert_array_equal(state.params["w"], START["w"])
+    assert state.params["b"].all()
+    state = step(state, BATCH)
+    np.testing.assert_allclose(np.abs(state.params["w"] - START["w"]), 0.1, rtol=1e-4)
 
 
 def test_what_is_drawn_depends_on_key_step_and_piece_alone():
