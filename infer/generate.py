@@ -102,11 +102,13 @@ def answer(model: jaxlm.Model, prompt: list[int], arguments: Arguments, drafter:
     if arguments.start:
         start = [(model.tokenizer.target or model.tokenizer).id(token) for token in arguments.start]
     if isinstance(model.config, EncoderDecoder):
-        before = 1  # the start's other tokens are new ones
+        before = len(start or model.config.start)
     room = model.decoder.length - before
     if room < 1:
         text = "start" if isinstance(model.config, EncoderDecoder) else "prompt"
         raise ValueError(f"the {text} has {before} tokens, the model's context is {model.decoder.length}")
+    if isinstance(model.config, EncoderDecoder):
+        room = model.decoder.length - 1  # the start's other tokens count as new ones
     options = dataclasses.asdict(arguments.sampling)
     options["stop_strings"] = options["stop_strings"] or None
     return jaxlm.generate(model, [prompt], min(arguments.max_new_tokens, room), key=arguments.seed, drafter=drafter,

@@ -302,7 +302,7 @@ def test_generate_from_a_source(tmp_path, monkeypatch):
     monkeypatch.setattr(jaxlm, "load", lambda *given, **named: loaded)
     said = json.loads(run(generate, "--model", "m", "--prompt", "a" * 40, "--raw", "--start", "b", "c",
                           "--json").splitlines()[-1])
-    expected = jaxlm.generate(loaded, ["a" * 40], 22, start=[loaded.tokenizer.id("b"), loaded.tokenizer.id("c")])
+    expected = jaxlm.generate(loaded, ["a" * 40], 23, start=[loaded.tokenizer.id("b"), loaded.tokenizer.id("c")])
     assert said["tokens"] == expected.tokens[0].tolist() and said["prompt_tokens"] == 40 and len(said["tokens"]) == 22
     with pytest.raises(ValueError, match="puts no language code around a text"):
         run(generate, "--model", "m", "--prompt", "a", "--language", "fr")
