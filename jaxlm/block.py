@@ -1,14 +1,14 @@
 """The one block: attention, a decoder's attention to a source, and feed-forward around the residual stream, norms placed as
 the config says."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlm import config
 from jaxlm.cache import KeyValue
-from jaxlm.layers import attention, feedforward, norm
+from jaxlm.layers import attention, feedforward, moe, norm
 from jaxlm.layers.mask import Context
 
 
@@ -27,19 +27,32 @@ def _norms(cfg: config.Block) -> tuple[str, ...]:
 
 def spec(cfg: config.Block, width: int) -> dict[str, Any]:
     """attention, cross_attention, feedforward and the norms around them."""
-    tree = {"attention": attention.spec(cfg.attention, width), "feedforward": feedforward.spec(cfg.feedforward, width)}
+    feed = moe if isinstance(cfg.feedforward, config.Moe) else feedforward
+    tree = {"attention": attention.spec(cfg.attention, width), "feedforward": feed.spec(cfg.feedforward, width)}
     if cfg.cross is not None:
         tree["cross_attention"] = attention.spec(cfg.cross, width)
     return tree | {name: norm.spec(cfg.residual.norm, width) for name in _norms(cfg)}
 
 
+class Result(NamedTuple):
+    """What a block gives: its output, the T tokens' keys and values, what a mixture's router did (None without one), and the
+    state for the routers of layers that follow (None where none has one)."""
+
+    x: Float[Array, "B T D"]
+    kv: KeyValue
+    routing: moe.Routing | None
+    state: Float[Array, "B T P"] | None
+
+
 def apply(params: dict[str, Any], cfg: config.Block, x: Float[Array, "B T D"], context: Context, cached: KeyValue | None,
-          memory: KeyValue | None = None) -> tuple[Float[Array, "B T D"], KeyValue]:
-    """The block's output and the T tokens' keys and values.
+          memory: KeyValue | None = None, state: Float[Array, "B T P"] | None = None) -> Result:
+    """The block.
 
     Args:
       memory: keys and values of an encoded source; None makes them of `context.source.hidden`, where there is one.
+      state: what the router of the layer before left, of routers that are recurrent.
     """
+    routing = None
     residual, names = cfg.residual, _norms(cfg)
 
     def normed(name: str, y: Array) -> Array:
@@ -52,7 +65,11 @@ def apply(params: dict[str, Any], cfg: config.Block, x: Float[Array, "B T D"], c
         return attention.cross(params["cross_attention"], cfg.cross, y, context, memory)
 
     def feed(y: Array) -> Array:
-        return feedforward.apply(params["feedforward"], cfg.feedforward, y)
+        nonlocal routing, state
+        if not isinstance(cfg.feedforward, config.Moe):
+            return feedforward.apply(params["feedforward"], cfg.feedforward, y)
+        y, routing, state = moe.apply(params["feedforward"], cfg.feedforward, y, context, state)
+        return y
 
     def scaled(y: Array) -> Array:
         return y if cfg.multiplier == 1.0 else y * jnp.asarray(cfg.multiplier, y.dtype)
@@ -63,16 +80,17 @@ def apply(params: dict[str, Any], cfg: config.Block, x: Float[Array, "B T D"], c
             out, kv = attend(first)
             if cfg.cross is not None:
                 out = out + look(first if shared else normed("cross_attention_norm", x))
-            return x + scaled(out + feed(first if shared else normed("feedforward_norm", x))), kv
+            x = x + scaled(out + feed(first if shared else normed("feedforward_norm", x)))
         case config.PostNorm():
             out, kv = attend(x)
             x = normed("attention_norm_out", x + scaled(out))
             if cfg.cross is not None:
                 x = normed("cross_attention_norm_out", x + scaled(look(x)))
-            return normed("feedforward_norm_out", x + scaled(feed(x))), kv
+            x = normed("feedforward_norm_out", x + scaled(feed(x)))
         case _:
             out, kv = attend(normed("attention_norm", x))
             x = x + scaled(normed("attention_norm_out", out))
             if cfg.cross is not None:
                 x = x + scaled(normed("cross_attention_norm_out", look(normed("cross_attention_norm", x))))
-            return x + scaled(normed("feedforward_norm_out", feed(normed("feedforward_norm", x)))), kv
+            x = x + scaled(normed("feedforward_norm_out", feed(normed("feedforward_norm", x))))
+    return Result(x, kv, routing, state)

@@ -277,12 +277,14 @@ class Activation(enum.Enum):
     RELU = "relu"
     SQUARED_RELU = "squared_relu"
     TANH = "tanh"
+    QUICK_GELU = "quick_gelu"
 
 
 @dataclass(frozen=True)
 class Dense:
-    """down(activation(up(x))), or with `gated` down(activation(gate(x)) * up(x)): SwiGLU, GeGLU, ReGLU.
+    """down(activation(up(x))), or with `gated` down(activation(gate(x)) * (up(x) + offset)): SwiGLU, GeGLU, ReGLU.
 
+    `clip` c keeps a gate's input to the activation at most c, and up(x) between -c and c (GPT-OSS, whose `offset` is 1).
     https://arxiv.org/abs/2002.05202
     """
 
@@ -290,9 +292,184 @@ class Dense:
     activation: Activation = Activation.SILU
     gated: bool = True
     bias: bool = False
+    clip: float | None = None
+    offset: float = 0.0
 
     def __post_init__(self):
         _require(self.width > 0, f"Dense.width must be positive, got {self.width}")
+        _require(self.clip is None or self.clip > 0, f"Dense.clip must be positive, got {self.clip}")
+        _require(self.gated or self.clip is None and self.offset == 0, "Dense.clip and Dense.offset belong to gated layers")
+
+
+class Score(enum.Enum):
+    """What makes scores of a router's logits: a softmax over the experts, or the sigmoid of each."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """Experts in `count` equal runs; a token goes to experts of the `chosen` runs that score highest alone.
+
+    A run's score is the sum of its `best` highest: 1 in DeepSeek-V2, 2 in V3. https://arxiv.org/abs/2412.19437
+    """
+
+    count: int
+    chosen: int
+    best: int = 1
+
+    def __post_init__(self):
+        _require(0 < self.chosen <= self.count, f"ExpertGroups.chosen must be 1 to {self.count}, got {self.chosen}")
+        _require(self.best > 0, f"ExpertGroups.best must be positive, got {self.best}")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Each token goes to the `k` experts that score highest, weighed by their scores. https://arxiv.org/abs/1701.06538
+
+    `normalize` divides the weights by their sum (of a softmax: a softmax over the chosen experts' logits alone), `scale`
+    multiplies them. `correction` is a number per expert that is added to its score for the choice, not for the weight; training
+    moves it towards an even load (https://arxiv.org/abs/2408.15664). k = 1 is Switch (https://arxiv.org/abs/2101.03961).
+    """
+
+    k: int
+    score: Score = Score.SOFTMAX
+    normalize: bool = False
+    scale: float = 1.0
+    groups: ExpertGroups | None = None
+    correction: bool = False
+    bias: bool = False
+
+    def __post_init__(self):
+        _require(self.k > 0, f"TopK.k must be positive, got {self.k}")
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """Each expert takes the tokens of a row that score highest for it: `capacity` experts a token on average.
+
+    Weights are scores, softmax over experts. What an expert takes depends on tokens that come later, so texts are not generated
+    as they were trained: this is for encoders and for training. https://arxiv.org/abs/2202.09368
+    """
+
+    capacity: float
+
+    def __post_init__(self):
+        _require(self.capacity > 0, f"ExpertChoice.capacity must be positive, got {self.capacity}")
+
+
+@dataclass(frozen=True)
+class Hash:
+    """Each token goes to `k` experts that its id and `seed` alone decide, with equal weights that sum to 1.
+
+    https://arxiv.org/abs/2106.04426
+    """
+
+    k: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(self.k > 0, f"Hash.k must be positive, got {self.k}")
+
+
+@dataclass(frozen=True)
+class ReluNorm:
+    """Every expert is weighed by norm(relu(x W)), and those of weight 0, the most, do nothing (BlockFFN).
+
+    https://arxiv.org/abs/2507.08771
+    """
+
+    norm: Norm = RmsNorm()
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """`TopK` whose logits are read from a state of `width` numbers that a GRU, which all layers share, carries from layer to
+    layer (RMoE). https://arxiv.org/abs/2408.06793
+    """
+
+    width: int
+    choice: TopK
+
+    def __post_init__(self):
+        _require(self.width > 0, f"Recurrent.width must be positive, got {self.width}")
+
+
+@dataclass(frozen=True)
+class AverageKey:
+    """Each token goes to the `k` experts whose keys, averaged, it agrees with most; weights are 1 (EMoE).
+
+    The keys are the columns of an expert's gate (of `up` where there is none). https://arxiv.org/abs/2310.10908
+    """
+
+    k: int
+
+    def __post_init__(self):
+        _require(self.k > 0, f"AverageKey.k must be positive, got {self.k}")
+
+
+Router = TopK | ExpertChoice | Hash | ReluNorm | Recurrent | AverageKey
+
+
+@dataclass(frozen=True)
+class CapacityFactor:
+    """An expert takes at most ceil(factor * k * T / experts) of a row's T tokens."""
+
+    factor: float
+
+    def __post_init__(self):
+        _require(self.factor > 0, f"CapacityFactor.factor must be positive, got {self.factor}")
+
+
+@dataclass(frozen=True)
+class CapacityTokens:
+    """An expert takes at most `tokens` tokens of a row, however long that is."""
+
+    tokens: int
+
+    def __post_init__(self):
+        _require(self.tokens > 0, f"CapacityTokens.tokens must be positive, got {self.tokens}")
+
+
+Capacity = CapacityFactor | CapacityTokens
+
+
+@dataclass(frozen=True)
+class Moe:
+    """`experts` feed-forward layers of one form, of which a router gives each token some; their weighed outputs are summed.
+
+    `shared` is a layer that every token goes through beside; with `shared_gate` its output is multiplied by the sigmoid of a
+    product of x (Qwen2-MoE). With a `capacity` an expert takes the first of a row's tokens that choose it, up to that, and
+    drops the others: text then depends on how it is cut into calls. None drops nothing.
+    """
+
+    experts: int
+    expert: Dense
+    router: Router
+    shared: Dense | None = None
+    shared_gate: bool = False
+    capacity: Capacity | None = None
+
+    def __post_init__(self):
+        _require(self.experts > 0, f"Moe.experts must be positive, got {self.experts}")
+        _require(self.shared is not None or not self.shared_gate, "Moe.shared_gate multiplies a shared layer: give one")
+        router = self.router.choice if isinstance(self.router, Recurrent) else self.router
+        _require(self.capacity is None or isinstance(router, TopK | Hash | AverageKey),
+                 f"Moe.capacity bounds what tokens choose: with {type(router).__name__} it must be None")
+        if isinstance(router, TopK | Hash | AverageKey):
+            _require(router.k <= self.experts, f"a router cannot choose {router.k} of {self.experts} experts")
+        if isinstance(router, TopK) and router.groups is not None:
+            groups = router.groups
+            _require(self.experts % groups.count == 0,
+                     f"{self.experts} experts do not divide into {groups.count} groups of equal size")
+            size = self.experts // groups.count
+            _require(groups.best <= size, f"ExpertGroups.best is {groups.best}, and a group has {size} experts")
+            _require(router.k <= groups.chosen * size,
+                     f"TopK.k is {router.k}, and {groups.chosen} groups have {groups.chosen * size} experts")
+
+
+FeedForward = Dense | Moe
 
 
 @dataclass(frozen=True)
@@ -344,7 +521,7 @@ class Block:
     """
 
     attention: Attention
-    feedforward: Dense
+    feedforward: FeedForward
     residual: Residual
     multiplier: float = 1.0
     cross: Attention | None = None
@@ -609,7 +786,8 @@ Config = Decoder | Encoder | EncoderDecoder
 
 TYPES: dict[str, type] = {cls.__name__: cls for cls in (
     RmsNorm, LayerNorm, LinearScaling, DynamicNtkScaling, YarnScaling, Llama3Scaling, LongRopeScaling, Rope, Alibi,
-    RelativeBias, Sinusoidal, Learned, QkNorm, Attention, Dense, PreNorm, PostNorm, OutputNorm, SandwichNorm, ParallelNorm,
+    RelativeBias, Sinusoidal, Learned, QkNorm, Attention, Dense, ExpertGroups, TopK, ExpertChoice, Hash, ReluNorm, Recurrent,
+    AverageKey, CapacityFactor, CapacityTokens, Moe, PreNorm, PostNorm, OutputNorm, SandwichNorm, ParallelNorm,
     Block, Group, Stack, Embedding, Transform, Head, Classifier, Vector, Decoder, Encoder, EncoderDecoder)}
 
 

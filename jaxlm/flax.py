@@ -32,7 +32,7 @@ def _weights(module: nn.Module, spec: params.Spec) -> dict[str, Any]:
 def _context(cfg: config.Attention, x: Float[Array, "B T D"], cached: KeyValue | None,
              known: dict[str, Any], cross: config.Attention | None = None) -> Context:
     known = dict(known)
-    shared = {name: known.pop(name, None) for name in ("bias", "source")}
+    shared = {name: known.pop(name, None) for name in ("bias", "source", "tokens", "routing")}
     if cached is not None and known.get("length") is None:
         raise ValueError("cached keys and values need `length`, how many of their slots count in each row")
     if isinstance(cfg.position, config.RelativeBias) and cfg.position.shared and shared["bias"] is None:
@@ -120,7 +120,7 @@ class Block(nn.Module):
         """The output and the T tokens' keys and values; arguments as `Attention` and `jaxlm.block.apply` take them."""
         weights = _weights(self, block.spec(self.cfg, x.shape[-1]))
         return block.apply(weights, self.cfg, x, _context(self.cfg.attention, x, cached, known, self.cfg.cross), cached,
-                           memory)
+                           memory)[:2]
 
 
 class Decoder(nn.Module):

@@ -36,12 +36,14 @@ class Output:
       hidden: an array [B, T, D] for each layer asked for.
       last: [B, T, D], what the head reads: the stack's output after the final norm.
       kv: the T tokens' keys and values of every layer, for `cache.append` and `cache.commit`.
+      routing: what the routers of mixtures of experts did: see `jaxlm.stack.Result`.
     """
 
     logits: Float[Array, "B T V"] | None
     hidden: tuple[Float[Array, "B T D"], ...]
     last: Float[Array, "B T D"]
     kv: PyTree
+    routing: PyTree = None
 
 
 Side = config.Decoder | config.Encoder
@@ -62,6 +64,9 @@ def _side_spec(cfg: Side) -> Spec:
     bias = _shared_bias(cfg.stack)
     if bias is not None:
         tree["relative_bias"] = position.relative_spec(bias.position, bias.heads)
+    routing = stack.shared_spec(cfg.stack)
+    if routing:
+        tree["routing"] = routing
     if cfg.norm is not None:
         tree["norm"] = norm.spec(cfg.norm, cfg.width)
     head = None if cfg.head is None else embed.head_spec(cfg.head, cfg.embedding, cfg.width)
@@ -272,10 +277,11 @@ def forward(params: PyTree, cfg: config.Config, tokens: Int[Array, "B T"] | None
         known = known.replace(bias=_bias(shared.position, params["relative_bias"], known, slots))
     if memory is not None:
         known = known.replace(source=memory.replace(layers=None))
+    known = known.replace(tokens=tokens, routing=params.get("routing"))
     x = embed.apply(params["embedding"], cfg.embedding, tokens, embeddings, known.positions, dtype, types)
     x = sharding.constrain(x, sharding.ACTIVATIONS)
-    x, kv, taps = stack.apply(params["blocks"], cfg.stack, x, known, None if cache is None else cache.layers,
-                              hidden, remat, None if memory is None else memory.layers)
+    x, kv, taps, routing = stack.apply(params["blocks"], cfg.stack, x, known, None if cache is None else cache.layers,
+                                       hidden, remat, None if memory is None else memory.layers)
     if cfg.norm is not None:
         x = norm.apply(params["norm"], cfg.norm, x)
     out = None
@@ -290,7 +296,7 @@ def forward(params: PyTree, cfg: config.Config, tokens: Int[Array, "B T"] | None
     elif logits and cfg.head is not None:
         chosen = x if at is None else _at(x, at)
         out = embed.logits(params.get("head", {}), params["embedding"]["tokens"], cfg.head, chosen)
-    return Output(out, taps, x, kv)
+    return Output(out, taps, x, kv, routing)
 
 
 def _at(x: Float[Array, "B T D"], at: Int[Array, "B Q"]) -> Float[Array, "B Q D"]:

@@ -25,7 +25,7 @@ AXES = ("data", "fsdp", "expert", "sequence", "model")
 PRESETS = {"dp": "data", "fsdp": "fsdp", "tp": "model"}  # the field's names for a mesh of one axis over all devices
 
 RULES: Rules = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": "sequence",
     "embed": "fsdp",
     "vocab": "model",
@@ -33,6 +33,7 @@ RULES: Rules = {
     "kv_heads": "model",
     "mlp": "model",
     "experts": "expert",
+    "expert_embed": "fsdp",
     "head": None,
     "layers": None,
     "position": None,
@@ -111,7 +112,7 @@ def check(mesh: Mesh) -> None:
 
 def partition(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int],
               rules: Rules = RULES) -> PartitionSpec:
-    """Which mesh axes split each dimension. A dimension that its mesh axes do not divide stays whole.
+    """Which mesh axes split each dimension. Of several, the first that together divide it do; it may stay whole.
 
     Args:
       sizes: of the mesh's axes, by name.
@@ -135,10 +136,20 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[s
             if axis in used:
                 raise ValueError(f"mesh axis {axis!r} would split both {used[axis]!r} and {logical!r} of {tuple(axes)}")
             used[axis] = logical
-        if size % math.prod(sizes[axis] for axis in wanted):
-            wanted = ()
+        while size % math.prod(sizes[axis] for axis in wanted):
+            wanted = wanted[:-1]
         entries.append(wanted[0] if len(wanted) == 1 else wanted or None)
     return PartitionSpec(*entries)
+
+
+def names(spec: PartitionSpec) -> set[str]:
+    """The mesh axes that split something in a PartitionSpec.
+
+    Example:
+      >>> sorted(names(PartitionSpec(("data", "fsdp"), None, "model")))
+      ['data', 'fsdp', 'model']
+    """
+    return {axis for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis is not None}
 
 
 def shardings(spec: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> PyTree:

@@ -7,7 +7,7 @@ compiles best for a CPU, and without the copies that slicing a stacked array cos
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlm import block, config, sharding
 from jaxlm.cache import KeyValue
-from jaxlm.layers import attention
+from jaxlm.layers import attention, moe, router
 from jaxlm.layers.mask import Context
 
 
@@ -99,8 +99,8 @@ def _origins(cfg: config.Stack, layers: int) -> list[tuple[config.Group, int, in
 
 def apply(params: dict[str, Any], cfg: config.Stack, x: Float[Array, "B T D"], context: Context,
           cache: tuple[tuple[KeyValue, ...], ...] | None, taps: Sequence[int] = (),
-          remat: Any = None, memory: Layers | None = None) -> tuple[Float[Array, "B T D"], PyTree, tuple[Array, ...]]:
-    """The last block's output, every layer's new keys and values, and the hidden states asked for.
+          remat: Any = None, memory: Layers | None = None) -> "Result":
+    """All blocks in order.
 
     Args:
       cache: `Cache.layers`, stacked or unrolled as the weights are; only read.
@@ -108,14 +108,11 @@ def apply(params: dict[str, Any], cfg: config.Stack, x: Float[Array, "B T D"], c
       remat: a `jax.checkpoint` policy, or None: `jax.checkpoint_policies.nothing_saveable` recomputes whole blocks.
       memory: `Memory.layers`, laid out as the cache.
 
-    Returns:
-      (x, a tree like `cache` with T slots instead of S, one array [B, T, D] per tap)
-
     Raises:
       ValueError: when only one of weights and cache is unrolled.
     """
     kept = {tap: x for tap in taps}  # a tap that is still to come holds x's place
-    layer, new = jnp.zeros((), jnp.int32), []
+    carry, new, routing = Carry(x, kept, jnp.zeros((), jnp.int32), _first_state(cfg, x)), [], []
     for g, group in enumerate(cfg.groups):
         trees = tuple(params[str(g)][str(p)] for p in range(len(group.pattern)))
         caches = (None,) * len(trees) if cache is None else cache[g]
@@ -125,53 +122,99 @@ def apply(params: dict[str, Any], cfg: config.Stack, x: Float[Array, "B T D"], c
             raise ValueError("weights, cache and memory must both be stacked or both be unstacked: see jaxlm.model.unstack and "
                              "jaxlm.cache.unstack")
         through = _unrolled if unrolled else _scanned
-        (x, kept, layer), fresh = through(group, trees, caches, memories, (x, kept, layer), context, remat)
+        carry, (fresh, routed) = through(group, trees, caches, memories, carry, context, remat)
         new.append(fresh)
-    return x, tuple(new), tuple(kept[tap] for tap in taps)
+        routing.append(routed)
+    return Result(carry.x, tuple(new), tuple(carry.kept[tap] for tap in taps), tuple(routing))
 
 
-Carry = tuple[Float[Array, "B T D"], dict[int, Float[Array, "B T D"]], Array]
+class Result(NamedTuple):
+    """What a stack gives.
+
+    Attributes:
+      x: the last block's output.
+      kv: every layer's new keys and values: a tree like `Cache.layers`, with T slots instead of S.
+      taps: [B, T, D], one for each that was asked for.
+      routing: a tuple over groups of a tuple over the pattern's places: a `jaxlm.layers.moe.Routing` with a leading axis of
+        repeats where there is a mixture of experts, else None.
+    """
+
+    x: Float[Array, "B T D"]
+    kv: PyTree
+    taps: tuple[Float[Array, "B T D"], ...]
+    routing: PyTree
+
+
+def _recurrent(cfg: config.Stack) -> config.Recurrent | None:
+    """The recurrent router of a stack, where it has one."""
+    routers = (block.feedforward.router for block in cfg.blocks() if isinstance(block.feedforward, config.Moe))
+    return next((router for router in routers if isinstance(router, config.Recurrent)), None)
+
+
+def shared_spec(cfg: config.Stack) -> dict[str, Any]:
+    """What the routers of all layers share, or nothing."""
+    recurrent = _recurrent(cfg)
+    return {} if recurrent is None else router.shared_spec(recurrent)
+
+
+def _first_state(cfg: config.Stack, x: Float[Array, "B T D"]) -> Float[Array, "B T P"] | None:
+    recurrent = _recurrent(cfg)
+    return None if recurrent is None else jnp.zeros((*x.shape[:2], recurrent.width), x.dtype)
+
+
+class Carry(NamedTuple):
+    """What goes from layer to layer: the vectors, the taps, how many layers there were, the routers' state."""
+
+    x: Float[Array, "B T D"]
+    kept: dict[int, Float[Array, "B T D"]]
+    layer: Array
+    state: Float[Array, "B T P"] | None
 
 
 Places = Sequence[KeyValue | None]  # of a pattern
+Fresh = tuple[tuple[KeyValue, ...], tuple[moe.Routing | None, ...]]  # what the places of a pattern give
 
 
 def _once(group: config.Group, trees: Sequence[Any], caches: Places, memories: Places, carry: Carry, context: Context,
-          remat: Any) -> tuple[Carry, tuple[KeyValue, ...]]:
+          remat: Any) -> tuple[Carry, Fresh]:
     """The group's pattern of blocks, once."""
-    x, kept, layer = carry
-    fresh = []
+    x, kept, layer, state = carry
+    fresh, routing = [], []
     for p, one in enumerate(group.pattern):
         run = partial(_block, one)
         if remat is not None:
             run = jax.checkpoint(run, policy=remat)
-        x, kv = run(trees[p], x, context, caches[p], memories[p])
+        x, kv, routed, state = run(trees[p], x, context, caches[p], memories[p], state)
         layer = layer + 1
         kept = {tap: jnp.where(layer == tap, x, old) for tap, old in kept.items()}
         fresh.append(kv)
-    return (x, kept, layer), tuple(fresh)
+        routing.append(routed)
+    return Carry(x, kept, layer, state), (tuple(fresh), tuple(routing))
 
 
-def _block(cfg: config.Block, params: Any, x: Array, context: Context, cached: KeyValue | None,
-           memory: KeyValue | None) -> tuple[Array, KeyValue]:
-    x, kv = block.apply(params, cfg, x, context, cached, memory)
-    return sharding.constrain(x, sharding.ACTIVATIONS), kv
+def _block(cfg: config.Block, params: Any, x: Array, context: Context, cached: KeyValue | None, memory: KeyValue | None,
+           state: Array | None) -> block.Result:
+    result = block.apply(params, cfg, x, context, cached, memory, state)
+    return result._replace(x=sharding.constrain(result.x, sharding.ACTIVATIONS))
 
 
 def _unrolled(group: config.Group, trees: Sequence[Any], caches: Places, memories: Places, carry: Carry, context: Context,
-              remat: Any) -> tuple[Carry, tuple[KeyValue, ...]]:
+              remat: Any) -> tuple[Carry, Fresh]:
     def at(places: Places, repeat: int) -> Places:
         return tuple(None if kv is None else KeyValue(kv.k[repeat], kv.v[repeat]) for kv in places)
 
-    outs = []
+    outs, routing = [], []
     for r in range(group.repeats):
-        carry, fresh = _once(group, [tree[r] for tree in trees], at(caches, r), at(memories, r), carry, context, remat)
+        mine = [tree[r] for tree in trees]
+        carry, (fresh, routed) = _once(group, mine, at(caches, r), at(memories, r), carry, context, remat)
         outs.append(fresh)
-    return carry, tuple(KeyValue(tuple(kv.k for kv in place), tuple(kv.v for kv in place)) for place in zip(*outs, strict=True))
+        routing.append(routed)
+    kv = tuple(KeyValue(tuple(kv.k for kv in place), tuple(kv.v for kv in place)) for place in zip(*outs, strict=True))
+    return carry, (kv, jax.tree.map(lambda *layers: jnp.stack(layers), *routing))
 
 
 def _scanned(group: config.Group, trees: Sequence[Any], caches: Places, memories: Places, carry: Carry, context: Context,
-             remat: Any) -> tuple[Carry, tuple[KeyValue, ...]]:
+             remat: Any) -> tuple[Carry, Fresh]:
     def at(stacked: Any, repeat: Array) -> Any:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, repeat, 0, keepdims=False), stacked)
 
@@ -182,7 +225,7 @@ def _scanned(group: config.Group, trees: Sequence[Any], caches: Places, memories
         raise ValueError(f"a group of layers is repeated {group.repeats} times, there are weights for {min(stacked)}")
     whole = stacked == {group.repeats}
 
-    def body(carry: Carry, xs: tuple[Any, Array]) -> tuple[Carry, tuple[KeyValue, ...]]:
+    def body(carry: Carry, xs: tuple[Any, Array]) -> tuple[Carry, Fresh]:
         scanned, repeat = xs
         mine = scanned if whole else at(tuple(trees), repeat)
         return _once(group, mine, at(caches, repeat), at(memories, repeat), carry, context, remat)

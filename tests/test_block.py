@@ -31,7 +31,7 @@ def test_block(name, multiplier):
     weights = tiny.weights(block.spec(cfg, 16))
     assert sorted(weights.keys() - {"attention", "feedforward"}) == norms
     x = jnp.asarray(X, jnp.float32)
-    got, kv = tiny.jit(lambda p, x: block.apply(p, cfg, x, describe([cfg.attention], 2, 4, POSITIONS), None))(weights, x)
+    got, kv, *_ = tiny.jit(lambda p, x: block.apply(p, cfg, x, describe([cfg.attention], 2, 4, POSITIONS), None))(weights, x)
     want = oracle.block(weights, cfg, X, POSITIONS)
     np.testing.assert_allclose(np.asarray(got)[POSITIONS >= 0], want[POSITIONS >= 0], atol=3e-5)
     assert kv.k.shape == kv.v.shape == (2, 2, 4, 8)
@@ -43,7 +43,7 @@ def test_a_multiplier_of_zero_leaves_the_stream(name):
     residual, _ = RESIDUALS[name]
     cfg = dataclasses.replace(tiny.block(residual), multiplier=0.0)
     weights, x = tiny.weights(block.spec(cfg, 16)), jnp.asarray(X, jnp.float32)
-    got, _ = tiny.jit(lambda p, x: block.apply(p, cfg, x, describe([cfg.attention], 2, 4), None))(weights, x)
+    got, *_ = tiny.jit(lambda p, x: block.apply(p, cfg, x, describe([cfg.attention], 2, 4), None))(weights, x)
     want = X
     if name == "post":
         for norm in ("attention_norm_out", "feedforward_norm_out"):

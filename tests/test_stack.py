@@ -15,7 +15,7 @@ WEIGHTS = tiny.weights(stack.spec(STACK, 16))
 
 def run(weights, taps=(), remat=None, cfg=STACK):
     attentions = [one.attention for one in cfg.blocks()]
-    return tiny.jit(lambda p, x: stack.apply(p, cfg, x, describe(attentions, 2, 5), None, taps, remat))(
+    return tiny.jit(lambda p, x: stack.apply(p, cfg, x, describe(attentions, 2, 5), None, taps, remat)[:3])(
         weights, jnp.asarray(X, jnp.float32))
 
 

@@ -18,6 +18,7 @@ ACTIVATIONS = {
     config.Activation.RELU: jax.nn.relu,
     config.Activation.SQUARED_RELU: lambda x: jnp.square(jax.nn.relu(x)),
     config.Activation.TANH: jnp.tanh,
+    config.Activation.QUICK_GELU: lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
 
@@ -32,13 +33,24 @@ def spec(cfg: config.Dense, width: int) -> dict[str, Param]:
     return tree
 
 
+def hidden(cfg: config.Dense, up: Float[Array, "..."], gate: Float[Array, "..."] | None) -> Float[Array, "..."]:
+    """What `down` reads, of the products with `up` and, when gated, `gate`."""
+    activation = ACTIVATIONS[cfg.activation]
+    if gate is None:
+        return activation(up)
+    if cfg.clip is not None:
+        gate, up = jnp.minimum(gate, cfg.clip), jnp.clip(up, -cfg.clip, cfg.clip)
+    if cfg.offset:
+        up = up + jnp.asarray(cfg.offset, up.dtype)
+    return activation(gate) * up
+
+
 def apply(params: dict[str, Any], cfg: config.Dense, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """down(activation(gate(x)) * up(x)), or down(activation(up(x)))."""
     def project(equation: str, x: Array, name: str) -> Array:
         y = einsum(equation, x, params[name])
         return y + params[f"{name}_bias"].astype(y.dtype)[None, None] if cfg.bias else y
 
-    activation = ACTIVATIONS[cfg.activation]
     up = project("BTD,DF->BTF", x, "up")
-    hidden = activation(project("BTD,DF->BTF", x, "gate")) * up if cfg.gated else activation(up)
-    return project("BTF,FD->BTD", hidden, "down")
+    gate = project("BTD,DF->BTF", x, "gate") if cfg.gated else None
+    return project("BTF,FD->BTD", hidden(cfg, up, gate), "down")

@@ -26,6 +26,8 @@ class Context:
       rotations: cosines and sines by (Rope, rotated width): see `jaxlm.layers.position.rotations`.
       bias: what the stack's layers share of a relative bias, or None.
       source: an encoded source, or None.
+      tokens: int32 [B, T], ids, or None where the model was given embeddings.
+      routing: the weights that the routers of all layers share, or None.
       ordered: whether it is known that no token sees one that stands behind it.
       counted: whether it is known that positions of tokens that see each other are as far apart as their places.
     """
@@ -38,6 +40,8 @@ class Context:
     rotations: dict[Any, Any]
     bias: position.Shared | None = None
     source: Memory | None = None
+    tokens: Int[Array, "B T"] | None = None
+    routing: Any = None
     ordered: bool = flax.struct.field(pytree_node=False, default=False)
     counted: bool = flax.struct.field(pytree_node=False, default=False)
 

@@ -149,7 +149,7 @@ class DupMae(Objective):
         sight = jnp.concatenate([jnp.zeros_like(seen), seen], axis=2)
         known = describe((layer.attention,), batch, 2 * length, positions=jnp.tile(places, (1, 2)),
                          segments=jnp.tile(segments, (1, 2)), mask=jnp.concatenate([sight, sight], axis=1))
-        out, _ = block.apply(params["extra"]["decoder"]["block"], layer, jnp.concatenate(streams, axis=1), known, None)
+        out, *_ = block.apply(params["extra"]["decoder"]["block"], layer, jnp.concatenate(streams, axis=1), known, None)
         out = out[:, :length]
         return out if cfg.norm is None else norm.apply(params["extra"]["decoder"]["norm"], cfg.norm, out)
 

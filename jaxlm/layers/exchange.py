@@ -1,0 +1,143 @@
+"""The experts' part of a mixture: tokens to their experts, through them, and back.
+
+On one device: pairs of a token and an expert sorted by expert, products by group, outputs summed by token. On a mesh this runs
+in `shard_map`. Experts are split over the axis "expert" and their widths over "model"; over "fsdp" they are gathered, as all
+weights are. Where the tokens too are split over "expert", they travel to their experts' devices and back by all-to-all: in
+rounds of a bounded number of rows to each device, further ones only while some device has rows left, so that nothing is dropped
+however uneven the load is. Where they are not (a decoding batch that does not divide), every device computes what its
+experts have to add, and the sums are added up.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxlm import config, sharding
+from jaxlm.layers import feedforward, grouped
+from jaxlm.weight import Weight
+
+SLACK = 2.0  # rows to a device in one round, in even shares: one round does unless a device gets twice what is fair
+
+
+def apply(params: dict[str, Weight], cfg: config.Moe, x: Float[Array, "B T D"], experts: Int[Array, "B T k"],
+          weights: Float[Array, "B T k"]) -> Float[Array, "B T D"]:
+    """The weighed sum of every token's experts.
+
+    Args:
+      params: one expert's weights, stacked along a leading axis.
+      experts: E or more for no expert.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _local(params, cfg, x, experts, weights)
+    rows = sharding.partition(sharding.ACTIVATIONS, x.shape, mesh.shape)
+    parts = mesh.shape["expert"]
+    if cfg.experts % parts:
+        raise ValueError(f"{cfg.experts} experts cannot be split over an expert axis of {parts} devices")
+    specs = {name: _weight_spec(name, leaf, cfg, mesh.shape) for name, leaf in params.items()}
+    body = partial(_travelling if "expert" in sharding.names(rows) else _partial, cfg=cfg, parts=parts,
+                   model=any("model" in sharding.names(spec) for spec in jax.tree.leaves(
+                       specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))))
+    return jax.shard_map(body, in_specs=(specs, rows, rows, rows), out_specs=rows, check_vma=False)(params, x, experts, weights)
+
+
+def _weight_spec(name: str, leaf: Weight, cfg: config.Moe, sizes: Any) -> Any:
+    """How a device holds an expert's weight while it computes: over "fsdp" it is gathered."""
+    axes = {"up": ("experts", None, "mlp"), "gate": ("experts", None, "mlp"), "down": ("experts", "mlp", None),
+            "up_bias": ("experts", "mlp"), "gate_bias": ("experts", "mlp"), "down_bias": ("experts", None)}[name]
+    return jax.tree.map(lambda array: sharding.partition(axes, array.shape, sizes), leaf)
+
+
+def _mlp(params: dict[str, Weight], cfg: config.Dense, rows: Float[Array, "R D"], sizes: Int[Array, "E"],
+         first: Any = True) -> Float[Array, "R D"]:
+    """Each row through the expert of its group. `first`: whether this device adds the last product's bias."""
+    group = grouped.groups_of(sizes, rows.shape[0]) if cfg.bias else None
+
+    def project(rows: Array, name: str) -> Array:
+        y = grouped.product(rows, params[name], sizes)
+        if not cfg.bias:
+            return y
+        bias = params[f"{name}_bias"].astype(y.dtype)
+        if name == "down":
+            bias = jnp.where(first, bias, 0)
+        return y + jnp.take(bias, group, axis=0, mode="fill", fill_value=0)
+
+    hidden = feedforward.hidden(cfg, project(rows, "up"), project(rows, "gate") if cfg.gated else None)
+    return project(hidden, "down")
+
+
+def _local(params: dict[str, Weight], cfg: config.Moe, x: Array, experts: Array, weights: Array, start: Any = 0,
+           first: Any = True) -> Array:
+    """`apply` for the experts that this device holds, from number `start` on."""
+    k, count = experts.shape[-1], params["up"].shape[0]
+    flat = experts.reshape(-1) - start
+    flat = jnp.where((flat >= 0) & (flat < count), flat, count)
+    order = jnp.argsort(flat)
+    sizes = jnp.bincount(flat, length=count).astype(jnp.int32)
+    made = _mlp(params, cfg.expert, jnp.take(x.reshape(-1, x.shape[-1]), order // k, axis=0), sizes, first)
+    # Rows of no expert are zero, so their weights do not matter.
+    back = jnp.take(made, jnp.argsort(order), axis=0).reshape(*experts.shape, x.shape[-1])
+    return jnp.einsum("BTKD,BTK->BTD", back, weights.astype(x.dtype))
+
+
+def _partial(params: dict[str, Weight], x: Array, experts: Array, weights: Array, *, cfg: config.Moe, parts: int,
+             model: bool) -> Array:
+    """Every device of the expert axis has the same tokens, and adds what its own experts make of them."""
+    start = jax.lax.axis_index("expert") * (cfg.experts // parts)
+    first = jax.lax.axis_index("model") == 0 if model else True
+    out = _local(params, cfg, x, experts, weights, start, first)
+    axes = (("expert",) if parts > 1 else ()) + (("model",) if model else ())
+    return jax.lax.psum(out, axes) if axes else out
+
+
+def _travelling(params: dict[str, Weight], x: Array, experts: Array, weights: Array, *, cfg: config.Moe, parts: int,
+                model: bool) -> Array:
+    """Tokens are split over the expert axis: they go to their experts and come back."""
+    k, width, own = experts.shape[-1], x.shape[-1], cfg.experts // parts
+    tokens, flat = x.reshape(-1, width), experts.reshape(-1)
+    pairs = flat.shape[0]
+    order = jnp.argsort(flat)
+    ranked = flat[order]
+    there = jnp.minimum(ranked // own, parts)  # the device that holds it; `parts` where there is none
+    counts = jnp.bincount(there, length=parts)
+    place = jnp.arange(pairs) - (jnp.cumsum(counts) - counts)[jnp.minimum(there, parts - 1)]  # among those that go there
+    room = min(pairs, max(math.ceil(SLACK * pairs / parts), 1))
+    rounds = -(-pairs // room)
+    first = jax.lax.axis_index("model") == 0 if model else True
+
+    @jax.checkpoint
+    def go(out: Array, params: dict[str, Weight], tokens: Array, share: Array, lap: Array) -> Array:
+        """One round, added to the tokens' outputs."""
+        now = (place >= lap * room) & (place < (lap + 1) * room) & (there < parts)
+        slot = jnp.where(now, there * room + place - lap * room, parts * room)
+        pair = jnp.full(parts * room, pairs, order.dtype).at[slot].set(order, mode="drop")
+        here = pair < pairs
+        sent = jnp.where(here[:, None], jnp.take(tokens, pair // k, axis=0, mode="clip"), 0)
+        wanted = jnp.where(here, jnp.take(flat, pair, mode="clip") % own, own)
+        rows, wanted = (jax.lax.all_to_all(y, "expert", 0, 0, tiled=True) for y in (sent, wanted))
+        sort = jnp.argsort(wanted)
+        sizes = jnp.bincount(wanted, length=own).astype(jnp.int32)
+        made = _mlp(params, cfg.expert, jnp.take(rows, sort, axis=0), sizes, first)
+        made = jnp.take(made, jnp.argsort(sort), axis=0)
+        if model:
+            made = jax.lax.psum(made, "model")
+        made = jax.lax.all_to_all(made, "expert", 0, 0, tiled=True)
+        made = made * jnp.take(share, pair, mode="fill", fill_value=0)[:, None].astype(made.dtype)
+        return out.at[jnp.where(here, pair // k, tokens.shape[0])].add(made, mode="drop")
+
+    share = weights.reshape(-1)
+    out = go(jnp.zeros_like(tokens), params, tokens, share, jnp.zeros((), jnp.int32))
+    if rounds > 1:
+        most = jax.lax.pmax(jnp.max(counts[:parts]), "expert")
+
+        def more(out: Array, lap: Array) -> tuple[Array, None]:
+            left = most > lap * room
+            return jax.lax.cond(left, go, lambda out, *_: out, out, params, tokens, share, lap), None
+
+        out, _ = jax.lax.scan(more, out, jnp.arange(1, rounds))
+    return out.reshape(x.shape)

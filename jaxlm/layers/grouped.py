@@ -1,0 +1,196 @@
+"""Products of rows with a matrix per group of rows: `product(rows, weight, sizes)`, for the experts of a mixture.
+
+Rows lie sorted by group; `sizes` says how many each group has, and rows behind the last group give zeros. One function with
+several ways to compute it, chosen by the platform that the program is compiled for:
+
+- CPU: a loop over tiles of rows of one group, as many as there are: experts that no row goes to cost nothing. XLA's own
+  `ragged_dot` multiplies every row with every group there.
+- TPU: megablox, which comes with jax: the gradients of `ragged_dot` are products with all groups under the libtpu that jax 0.10
+  and 0.11 pin, and so is the forward pass under that of 0.11.1.
+- else: `ragged_dot`.
+
+The gradients are written here, so that they too cost what the rows cost. `dense`, every row with every group, is the definition
+that the tests hold the others to.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlm.weight import Int8, Weight
+
+TILE = 256  # rows at most in a tile on CPUs: the copy of a group's matrix is then a small part of the product
+LANES = 128  # of a TPU's vectors
+
+
+def groups_of(sizes: Int[Array, "E"], rows: int) -> Int[Array, "R"]:
+    """The group of each of so many rows; E for those behind the last group."""
+    return jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows, dtype=sizes.dtype), side="right").astype(jnp.int32)
+
+
+def dense(rows: Float[Array, "R D"], weight: Float[Array, "E D F"], sizes: Int[Array, "E"]) -> Float[Array, "R F"]:
+    """Every row with every group's matrix, all but its own thrown away."""
+    mine = jax.nn.one_hot(groups_of(sizes, rows.shape[0]), weight.shape[0], dtype=rows.dtype)
+    return jnp.einsum("RE,RD,EDF->RF", mine, rows, weight.astype(rows.dtype))
+
+
+def _zero_tail(rows: Float[Array, "R F"], sizes: Int[Array, "E"]) -> Float[Array, "R F"]:
+    """Zeros behind the last group, where some ways of computing leave anything."""
+    return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None], rows, 0)
+
+
+# On CPUs.
+
+def _tile(rows: int, groups: int) -> int:
+    """Rows in a tile: four times an even share, so that most groups that have rows need one tile."""
+    return min(rows, TILE, 2 ** math.ceil(math.log2(max(4 * rows / groups, 1))))
+
+
+def _tiles(rows: int, sizes: Int[Array, "E"], tile: int) -> tuple[Array, Array, Array, Array]:
+    """How many tiles there are, and of each its group, its first row and the row behind its group's last one."""
+    counts = -(-sizes // tile)
+    ends, most = jnp.cumsum(counts), rows // tile + sizes.shape[0]
+    index = jnp.arange(most, dtype=sizes.dtype)
+    group = jnp.minimum(jnp.searchsorted(ends, index, side="right"), sizes.shape[0] - 1)
+    stop = jnp.cumsum(sizes)
+    start = (stop - sizes)[group] + (index - (ends - counts)[group]) * tile
+    return ends[-1], group, start, stop[group]
+
+
+def _at(weight: Any, group: Array) -> Any:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, group, 0, keepdims=False), weight)
+
+
+def _looped(rows: Array, weight: Weight, sizes: Array, transposed: bool) -> Array:
+    """`product` tile by tile. A tile that reaches into the next group writes there too: that group's own tiles come later."""
+    tile = _tile(rows.shape[0], sizes.shape[0])
+    count, group, start, _ = _tiles(rows.shape[0], sizes, tile)
+    padded = jnp.concatenate([rows, jnp.zeros((tile, rows.shape[1]), rows.dtype)])
+    width = weight.shape[1 if transposed else 2]
+
+    def step(i: Array, out: Array) -> Array:
+        part = jax.lax.dynamic_slice_in_dim(padded, start[i], tile)
+        product = jax.lax.dot_general(part, _plain(_at(weight, group[i]), rows.dtype), (((1,), (int(transposed),)), ((), ())))
+        return jax.lax.dynamic_update_slice_in_dim(out, product, start[i], 0)
+
+    out = jax.lax.fori_loop(0, count, step, jnp.zeros((rows.shape[0] + tile, width), rows.dtype))
+    return _zero_tail(out[:rows.shape[0]], sizes)
+
+
+def _plain(weight: Weight, dtype: Any) -> Array:
+    return weight.values.astype(dtype) * weight.scale.astype(dtype) if isinstance(weight, Int8) else weight.astype(dtype)
+
+
+def _looped_outer(rows: Array, given: Array, sizes: Array) -> Array:
+    """`_outer` tile by tile."""
+    tile = _tile(rows.shape[0], sizes.shape[0])
+    count, group, start, stop = _tiles(rows.shape[0], sizes, tile)
+    left, right = (jnp.concatenate([x, jnp.zeros((tile, x.shape[1]), x.dtype)]) for x in (rows, given))
+
+    def step(i: Array, out: Array) -> Array:
+        inside = (start[i] + jnp.arange(tile) < stop[i])[:, None]
+        one, two = (jax.lax.dynamic_slice_in_dim(x, start[i], tile) for x in (left, right))
+        add = jax.lax.dot_general(jnp.where(inside, one, 0), two, (((0,), (0,)), ((), ())))
+        return jax.lax.dynamic_update_index_in_dim(out, _at(out, group[i]) + add, group[i], 0)
+
+    return jax.lax.fori_loop(0, count, step, jnp.zeros((sizes.shape[0], rows.shape[1], given.shape[1]), rows.dtype))
+
+
+# On TPUs.
+
+def _tiling(rows: int, groups: int, inner: int, outer: int) -> tuple[int, int, int]:
+    """Megablox's tiles of rows, of what is summed and of what comes out. Tiles of rows at the edges of groups are computed
+    for both groups: they are kept to half an even share of the rows."""
+    share = rows // groups // 2
+    tall = max(min(2 ** int(math.log2(max(share, 1))), 512), 16)
+
+    def wide(size: int) -> int:
+        padded = -(-size // LANES) * LANES
+        return next(tile for tile in (1024, 896, 768, 640, 512, 384, 256, 128) if padded % tile == 0)
+    return tall, wide(inner), wide(outer)
+
+
+def _megablox(rows: Array, weight: Weight, sizes: Array, transposed: bool) -> Array:
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    count, (inner, outer) = rows.shape[0], rows.shape[1:] + (weight.shape[1 if transposed else 2],)
+    tiling = _tiling(count, sizes.shape[0], inner, outer)
+    padded = jnp.pad(rows, ((0, -count % tiling[0]), (0, 0)))
+    scale = None
+    if isinstance(weight, Int8):
+        weight, scale = weight.values.astype(rows.dtype), weight.scale
+    out = gmm(padded, weight.astype(rows.dtype), sizes, rows.dtype, tiling, transpose_rhs=transposed)[:count]
+    if scale is not None:
+        out = out * scale[jnp.minimum(groups_of(sizes, count), sizes.shape[0] - 1), 0].astype(out.dtype)
+    return _zero_tail(out, sizes)
+
+
+def _megablox_outer(rows: Array, given: Array, sizes: Array) -> Array:
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    tiling = _tiling(rows.shape[0], sizes.shape[0], rows.shape[1], given.shape[1])
+    left, right = (jnp.pad(x, ((0, -x.shape[0] % tiling[0]), (0, 0))) for x in (rows, given))
+    out = tgmm(left.T, right, sizes, rows.dtype, tiling)
+    return jnp.where((sizes > 0)[:, None, None], out, 0)  # of groups without rows nothing is written
+
+
+# Elsewhere.
+
+def _ragged(rows: Array, weight: Weight, sizes: Array, transposed: bool) -> Array:
+    plain = _plain(weight, rows.dtype)
+    return _zero_tail(jax.lax.ragged_dot(rows, plain.swapaxes(1, 2) if transposed else plain, sizes), sizes)
+
+
+def _ragged_outer(rows: Array, given: Array, sizes: Array) -> Array:
+    dimensions = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    return jax.lax.ragged_dot_general(rows, given, sizes, dimensions)
+
+
+def _by_platform(*args: Array, cpu: Callable[..., Array], tpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
+    return jax.lax.platform_dependent(*args, cpu=cpu, tpu=tpu, default=default)
+
+
+def _product(rows: Array, weight: Weight, sizes: Array, transposed: bool) -> Array:
+    return _by_platform(rows, weight, sizes, cpu=partial(_looped, transposed=transposed),
+                        tpu=partial(_megablox, transposed=transposed), default=partial(_ragged, transposed=transposed))
+
+
+@jax.custom_vjp
+def product(rows: Float[Array, "R D"], weight: Weight, sizes: Int[Array, "E"]) -> Float[Array, "R F"]:
+    """Each row times its group's matrix, in the rows' dtype.
+
+    Args:
+      rows: sorted by group.
+      weight: [E, D, F]; an `Int8` has one scale per group and column.
+      sizes: int32, how many rows each group has; together at most R. Rows behind them give zeros.
+
+    Example:
+      >>> rows, weight = jnp.ones((3, 2)), jnp.arange(3.0)[:, None, None] * jnp.ones((3, 2, 1))
+      >>> product(rows, weight, jnp.array([1, 0, 2]))[:, 0].tolist()
+      [0.0, 4.0, 4.0]
+    """
+    return _product(rows, weight, sizes, False)
+
+
+def _forward(rows, weight, sizes):
+    return _product(rows, weight, sizes, False), (rows, weight, sizes)
+
+
+def _backward(kept, given):
+    rows, weight, sizes = kept
+    none = np.zeros(sizes.shape, jax.dtypes.float0)
+    if isinstance(weight, Int8):
+        # Through frozen 8-bit experts gradients pass; they get none.
+        nothing = Int8(np.zeros(weight.values.shape, jax.dtypes.float0), jnp.zeros_like(weight.scale))
+        return _product(given, _plain(weight, given.dtype), sizes, True), nothing, none
+    outer = _by_platform(rows, given, sizes, cpu=_looped_outer, tpu=_megablox_outer, default=_ragged_outer)
+    return _product(given, weight, sizes, True), outer.astype(weight.dtype), none
+
+
+product.defvjp(_forward, _backward)
