@@ -269,9 +269,10 @@ def least_flops(cfg: config.Decoder, tokens: int, slots: int, chips: int, source
     all of its source's."""
     count = models.products(cfg)
     for block in cfg.stack.blocks():
-        count += 2 * block.attention.heads * block.attention.head_width * slots
+        latent = isinstance(block.attention, config.LatentAttention)
+        count += (block.attention.latent_pair if latent else block.attention.pair) * slots
         if block.cross is not None:
-            count += 2 * block.cross.heads * block.cross.head_width * source
+            count += block.cross.pair * source
             count -= 2 * block.cross.source * block.cross.kv_heads * block.cross.head_width  # done before the first step
     return 2 * tokens * count / chips
 

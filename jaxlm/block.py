@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxlm import config
 from jaxlm.cache import KeyValue
-from jaxlm.layers import attention, feedforward, moe, norm
+from jaxlm.layers import attention, feedforward, latent_attention, moe, norm
 from jaxlm.layers.mask import Context
 
 
@@ -28,10 +28,15 @@ def _norms(cfg: config.Block) -> tuple[str, ...]:
 def spec(cfg: config.Block, width: int) -> dict[str, Any]:
     """attention, cross_attention, feedforward and the norms around them."""
     feed = moe if isinstance(cfg.feedforward, config.Moe) else feedforward
-    tree = {"attention": attention.spec(cfg.attention, width), "feedforward": feed.spec(cfg.feedforward, width)}
+    tree = {"attention": _attention(cfg).spec(cfg.attention, width), "feedforward": feed.spec(cfg.feedforward, width)}
     if cfg.cross is not None:
         tree["cross_attention"] = attention.spec(cfg.cross, width)
     return tree | {name: norm.spec(cfg.residual.norm, width) for name in _norms(cfg)}
+
+
+def _attention(cfg: config.Block) -> Any:
+    """The module of the block's kind of attention."""
+    return latent_attention if isinstance(cfg.attention, config.LatentAttention) else attention
 
 
 class Result(NamedTuple):
@@ -59,7 +64,7 @@ def apply(params: dict[str, Any], cfg: config.Block, x: Float[Array, "B T D"], c
         return norm.apply(params[name], residual.norm, y) if name in names else y
 
     def attend(y: Array) -> tuple[Array, KeyValue]:
-        return attention.apply(params["attention"], cfg.attention, y, context, cached)
+        return _attention(cfg).apply(params["attention"], cfg.attention, y, context, cached)
 
     def look(y: Array) -> Array:
         return attention.cross(params["cross_attention"], cfg.cross, y, context, memory)

@@ -10,6 +10,7 @@ compiler writes rows at different lengths without copying the cache. `unstack` s
 forward pass whose layers are unrolled.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -24,10 +25,17 @@ from jaxlm import config, sharding
 
 @flax.struct.dataclass
 class KeyValue:
-    """Keys and values, [R, B, K, S, H] each; unrolled: a tuple of R arrays [B, K, S, H]."""
+    """Keys and values, [R, B, K, S, H] each; unrolled: a tuple of R arrays [B, K, S, H].
+
+    `v` is None where values are made of the keys: of a `config.LatentAttention`, whose k are [R, B, 1, S, latent + rotated].
+    """
 
     k: Any
     v: Any
+
+    def each(self, change: Callable[[Any], Any]) -> "KeyValue":
+        """The same change of both."""
+        return KeyValue(change(self.k), None if self.v is None else change(self.v))
 
 
 @flax.struct.dataclass
@@ -80,8 +88,8 @@ def allocate(cfg: config.Stack, batch: int, slots: int, dtype: Any = jnp.float32
         raise ValueError(f"a cache needs at least one row and one slot, got {batch} rows of {slots} slots")
 
     def one(block: config.Block, repeats: int) -> KeyValue:
-        shape = (repeats, batch, block.attention.kv_heads, slots, block.attention.head_width)
-        return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return KeyValue(*(None if kept is None else jnp.zeros((repeats, batch, kept[0], slots, kept[1]), dtype)
+                          for kept in block.attention.cached))
 
     layers = tuple(tuple(one(block, group.repeats) for block in group.pattern) for group in cfg.groups)
     return Cache(layers, jnp.zeros(batch, jnp.int32))

@@ -140,6 +140,14 @@ class Rope:
                  f"Rope.width must be a positive even number, got {self.width}")
 
 
+def _check_rope(rope: Rope, width: int) -> None:
+    """That the scaling fits so many turned dimensions."""
+    scaling = rope.scaling
+    if isinstance(scaling, LongRopeScaling):
+        _require(len(scaling.short) == width // 2, f"LongRopeScaling needs {width // 2} factors, got {len(scaling.short)}")
+    _require(not isinstance(scaling, DynamicNtkScaling) or width > 2, "DynamicNtkScaling needs more than 2 rotated dimensions")
+
+
 @dataclass(frozen=True)
 class Alibi:
     """Scores lowered by slope * distance, a slope per query head. https://arxiv.org/abs/2108.12409
@@ -253,12 +261,7 @@ class Attention:
             width = self.rotated
             _require(width <= self.head_width and width % 2 == 0,
                      f"Rope.width must be even and at most head_width ({self.head_width}), got {width}")
-            scaling = self.position.scaling
-            if isinstance(scaling, LongRopeScaling):
-                _require(len(scaling.short) == width // 2,
-                         f"LongRopeScaling needs {width // 2} factors, got {len(scaling.short)}")
-            _require(not isinstance(scaling, DynamicNtkScaling) or width > 2,
-                     "DynamicNtkScaling needs more than 2 rotated dimensions")
+            _check_rope(self.position, width)
 
     @property
     def rotated(self) -> int:
@@ -266,6 +269,82 @@ class Attention:
         if not isinstance(self.position, Rope):
             return 0
         return self.head_width if self.position.width is None else self.position.width
+
+    @property
+    def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and width of the keys and of the values that a cache keeps of a token."""
+        return (self.kv_heads, self.head_width), (self.kv_heads, self.head_width)
+
+    @property
+    def pair(self) -> int:
+        """Multiplications for a query token and a key token that it sees, in all heads: scores, and values mixed."""
+        return 2 * self.heads * self.head_width
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Attention whose keys and values are products of one short vector per token, which is all that a cache keeps of it (MLA).
+
+    A token's `latent` numbers, normalised, give each of the `heads` a key of `key_width` and a value of `value_width` numbers;
+    `rotated` numbers of key more, which turn with the position, are the same for all heads. Queries are products of x, or with
+    `query_latent` of a normalised vector of that width. `scale` multiplies the scores (None: (key_width + rotated) ** -0.5),
+    `window` is as in `Attention`. `bias` is one on the products that make the two short vectors, `out_bias` one on the output.
+    https://arxiv.org/abs/2405.04434
+    """
+
+    heads: int
+    latent: int
+    key_width: int
+    rotated: int
+    value_width: int
+    query_latent: int | None = None
+    position: Rope = Rope(interleaved=True)
+    norm: Norm = RmsNorm()
+    causal: bool = True
+    window: int | None = None
+    scale: float | None = None
+    bias: bool = False
+    out_bias: bool = False
+
+    def __post_init__(self):
+        sizes = (self.heads, self.latent, self.key_width, self.rotated, self.value_width)
+        _require(min(sizes) > 0, "LatentAttention.heads, latent, key_width, rotated and value_width must be positive, got "
+                 f"{', '.join(map(str, sizes))}")
+        _require(self.query_latent is None or self.query_latent > 0,
+                 f"LatentAttention.query_latent must be positive, got {self.query_latent}")
+        _require(self.window is None or self.window > 0, f"LatentAttention.window must be positive, got {self.window}")
+        _require(self.rotated % 2 == 0 and self.position.width is None,
+                 f"LatentAttention.rotated says how many dimensions turn: it must be even, got {self.rotated}, and Rope.width "
+                 f"None, got {self.position.width}")
+        _check_rope(self.position, self.rotated)
+
+    @property
+    def head_width(self) -> int:
+        """Of a head's whole queries and keys."""
+        return self.key_width + self.rotated
+
+    @property
+    def kv_heads(self) -> int:
+        """Every head has keys and values of its own."""
+        return self.heads
+
+    @property
+    def cached(self) -> tuple[tuple[int, int], None]:
+        """As `Attention.cached`: one head of keys, whose first `latent` dimensions are the values."""
+        return (1, self.latent + self.rotated), None
+
+    @property
+    def pair(self) -> int:
+        """As `Attention.pair`, where keys and values of the heads are made; `latent_pair` where they are not."""
+        return self.heads * (self.head_width + self.value_width)
+
+    @property
+    def latent_pair(self) -> int:
+        """As `pair`, where queries meet what the cache keeps."""
+        return self.heads * (2 * self.latent + self.rotated)
+
+
+SelfAttention = Attention | LatentAttention
 
 
 class Activation(enum.Enum):
@@ -520,14 +599,15 @@ class Block:
     Rope (CodeT5+ 2B) queries turn by their own positions and keys by their places in the source.
     """
 
-    attention: Attention
+    attention: SelfAttention
     feedforward: FeedForward
     residual: Residual
     multiplier: float = 1.0
     cross: Attention | None = None
 
     def __post_init__(self):
-        _require(self.attention.source is None, "Block.attention reads its own queries' vectors: Attention.source is for cross")
+        _require(isinstance(self.attention, LatentAttention) or self.attention.source is None,
+                 "Block.attention reads its own queries' vectors: Attention.source is for cross")
         if self.cross is not None:
             _require(self.cross.source is not None, "Block.cross needs Attention.source, the width of what the encoder gives")
             position = self.cross.position
@@ -786,9 +866,9 @@ Config = Decoder | Encoder | EncoderDecoder
 
 TYPES: dict[str, type] = {cls.__name__: cls for cls in (
     RmsNorm, LayerNorm, LinearScaling, DynamicNtkScaling, YarnScaling, Llama3Scaling, LongRopeScaling, Rope, Alibi,
-    RelativeBias, Sinusoidal, Learned, QkNorm, Attention, Dense, ExpertGroups, TopK, ExpertChoice, Hash, ReluNorm, Recurrent,
-    AverageKey, CapacityFactor, CapacityTokens, Moe, PreNorm, PostNorm, OutputNorm, SandwichNorm, ParallelNorm,
-    Block, Group, Stack, Embedding, Transform, Head, Classifier, Vector, Decoder, Encoder, EncoderDecoder)}
+    RelativeBias, Sinusoidal, Learned, QkNorm, Attention, LatentAttention, Dense, ExpertGroups, TopK, ExpertChoice, Hash,
+    ReluNorm, Recurrent, AverageKey, CapacityFactor, CapacityTokens, Moe, PreNorm, PostNorm, OutputNorm, SandwichNorm,
+    ParallelNorm, Block, Group, Stack, Embedding, Transform, Head, Classifier, Vector, Decoder, Encoder, EncoderDecoder)}
 
 
 def to_dict(cfg: Any) -> Any:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlm import block, config, model, params
 from jaxlm.cache import KeyValue
-from jaxlm.layers import attention, embed, feedforward, norm
+from jaxlm.layers import attention, embed, feedforward, latent_attention, norm
 from jaxlm.layers.mask import Context, describe
 
 
@@ -29,7 +29,7 @@ def _weights(module: nn.Module, spec: params.Spec) -> dict[str, Any]:
             else module.param(name, fresh, name) for name in spec}
 
 
-def _context(cfg: config.Attention, x: Float[Array, "B T D"], cached: KeyValue | None,
+def _context(cfg: config.SelfAttention, x: Float[Array, "B T D"], cached: KeyValue | None,
              known: dict[str, Any], cross: config.Attention | None = None) -> Context:
     known = dict(known)
     shared = {name: known.pop(name, None) for name in ("bias", "source", "tokens", "routing")}
@@ -83,9 +83,9 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """`jaxlm.layers.attention`."""
+    """`jaxlm.layers.attention`, or `jaxlm.layers.latent_attention`."""
 
-    cfg: config.Attention
+    cfg: config.SelfAttention
     param_dtype: Any = jnp.float32
 
     @nn.compact
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         """The output and the T tokens' keys and values.
 
         Args:
-          cached: committed keys and values [B, K, S, H], of which `length` count.
+          cached: committed keys and values, as `jaxlm.cache.KeyValue` has them of one layer, of which `length` count.
           known: positions, segments, mask, length, total as `jaxlm.layers.mask.describe` takes them; `bias` and `source` as
             `jaxlm.layers.mask.Context` has them.
 
@@ -102,10 +102,12 @@ class Attention(nn.Module):
           ValueError: for `cached` without `length`, a relative bias that the stack holds without `bias`, and for the attention
             to a source, which only a `Block` has.
         """
-        if self.cfg.source is not None:
+        latent = isinstance(self.cfg, config.LatentAttention)
+        if not latent and self.cfg.source is not None:
             raise ValueError("attention to a source is part of a Block: its Attention.source is not None")
-        weights = _weights(self, attention.spec(self.cfg, x.shape[-1]))
-        return attention.apply(weights, self.cfg, x, _context(self.cfg, x, cached, known), cached)
+        layer = latent_attention if latent else attention
+        weights = _weights(self, layer.spec(self.cfg, x.shape[-1]))
+        return layer.apply(weights, self.cfg, x, _context(self.cfg, x, cached, known), cached)
 
 
 class Block(nn.Module):

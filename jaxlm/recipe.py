@@ -338,10 +338,9 @@ class Program:
             for block in side.stack.blocks():
                 window = min(length, block.attention.window or length)
                 behind = window - window**2 / (2 * length)  # the mean: a row's first tokens have fewer before them
-                width = block.attention.heads * block.attention.head_width
-                products += 2 * length * width * behind * (1 if block.attention.causal else 2)
+                products += length * block.attention.pair * behind * (1 if block.attention.causal else 2)
                 if block.cross is not None:
-                    products += 2 * length * block.cross.heads * block.cross.head_width * inputs
+                    products += length * block.cross.pair * inputs
                     # Keys and values are made of the inputs.
                     products += (inputs - length) * 2 * block.cross.source * block.cross.kv_heads * block.cross.head_width
         if isinstance(self.recipe.model, config.EncoderDecoder) and self.recipe.model.projection:

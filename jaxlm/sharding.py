@@ -34,6 +34,7 @@ RULES: Rules = {
     "mlp": "model",
     "experts": "expert",
     "expert_embed": "fsdp",
+    "latent": "fsdp",
     "head": None,
     "layers": None,
     "position": None,

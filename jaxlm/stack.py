@@ -80,7 +80,7 @@ def prefix_cache(cache: Layers, cfg: config.Stack, layers: int) -> Layers:
     """`Cache.layers` or `Memory.layers` of `prefix(cfg, layers)`. What begins with a group keeps all its repeats: they are not
     read, and cutting would copy the cache."""
     def cut(kv: KeyValue | None, start: int, count: int) -> KeyValue | None:
-        return kv if kv is None or start == 0 else KeyValue(kv.k[start:start + count], kv.v[start:start + count])
+        return kv if kv is None or start == 0 else kv.each(lambda leaf: leaf[start:start + count])
 
     return tuple(tuple(cut(kv, start, group.repeats) for kv in cache[g][:len(group.pattern)])
                  for group, g, start in _origins(cfg, layers))
@@ -201,7 +201,7 @@ def _block(cfg: config.Block, params: Any, x: Array, context: Context, cached: K
 def _unrolled(group: config.Group, trees: Sequence[Any], caches: Places, memories: Places, carry: Carry, context: Context,
               remat: Any) -> tuple[Carry, Fresh]:
     def at(places: Places, repeat: int) -> Places:
-        return tuple(None if kv is None else KeyValue(kv.k[repeat], kv.v[repeat]) for kv in places)
+        return tuple(None if kv is None else kv.each(lambda leaf: leaf[repeat]) for kv in places)
 
     outs, routing = [], []
     for r in range(group.repeats):
@@ -209,7 +209,7 @@ def _unrolled(group: config.Group, trees: Sequence[Any], caches: Places, memorie
         carry, (fresh, routed) = _once(group, mine, at(caches, r), at(memories, r), carry, context, remat)
         outs.append(fresh)
         routing.append(routed)
-    kv = tuple(KeyValue(tuple(kv.k for kv in place), tuple(kv.v for kv in place)) for place in zip(*outs, strict=True))
+    kv = tuple(jax.tree.map(lambda *leaves: leaves, *place) for place in zip(*outs, strict=True))
     return carry, (kv, jax.tree.map(lambda *layers: jnp.stack(layers), *routing))
 
 

@@ -133,8 +133,45 @@ def cross(params, cfg, x, segments, source, source_segments):
     return out
 
 
+def latent_attention(params, cfg, x, positions, segments=None, mask=None, total=None):
+    """Every head's keys and values made of each token's short vector; arguments as of `attention`."""
+    params = {name: leaf if isinstance(leaf, dict) else np.asarray(leaf, np.float64) for name, leaf in params.items()}
+    scale = (cfg.key_width + cfg.rotated)**-0.5 if cfg.scale is None else cfg.scale
+    out = np.zeros_like(x)
+
+    def turned(y, position, length):
+        return rotate(cfg.position, cfg.rotated, y, position, length)
+
+    for b in range(x.shape[0]):
+        length = int(max(positions[b].max() + 1, 0 if total is None else total[b]))
+        tokens = [(t, int(positions[b, t]), 0 if segments is None else int(segments[b, t]))
+                  for t in range(x.shape[1])]
+        for query in tokens:
+            y = x[b, query[0]]
+            if cfg.query_latent is not None:
+                y = y @ params["q_latent"] + (params["q_latent_bias"] if cfg.bias else 0)
+                y = norm(params["q_latent_norm"], cfg.norm, y)
+            for n in range(cfg.heads if query[1] >= 0 else 0):
+                q, scores, values = y @ params["q"][:, n], [], []
+                q = np.append(q[:cfg.key_width], turned(q[cfg.key_width:], query[1], length))
+                for key in tokens:
+                    if allowed(cfg, query, key, None if mask is None else mask[b]):
+                        kept = x[b, key[0]] @ params["latent"] + (params["latent_bias"] if cfg.bias else 0)
+                        short = norm(params["latent_norm"], cfg.norm, kept[:cfg.latent])
+                        k = np.append(short @ params["k"][n], turned(kept[cfg.latent:], key[1], length))
+                        scores.append(q @ k * scale)
+                        values.append(short @ params["v"][n])
+                shares = np.exp(np.array(scores) - max(scores))
+                out[b, query[0]] += shares / shares.sum() @ np.array(values) @ params["o"][n]
+            if cfg.out_bias and query[1] >= 0:
+                out[b, query[0]] += params["o_bias"]
+    return out
+
+
 def attention(params, cfg, x, positions, segments=None, mask=None, total=None, table=None):
     """x [B, T, D], positions [B, T], mask [B, T, T], total [B], a shared bias's table; tokens at a position of -1 get zeros."""
+    if isinstance(cfg, config.LatentAttention):
+        return latent_attention(params, cfg, x, positions, segments, mask, total)
     params = {name: leaf if isinstance(leaf, dict) else np.asarray(leaf, np.float64)
               for name, leaf in params.items()}
     scale = cfg.head_width**-0.5 if cfg.scale is None else cfg.scale

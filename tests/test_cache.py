@@ -108,7 +108,7 @@ PATHS = [[0, 1, 3], [0, 1, 4], [0, 2, 5]]
 
 
 @pytest.mark.parametrize("unrolled", [False, True], ids=["scan", "unrolled"])
-@pytest.mark.parametrize("name", ["local", "alibi", "scalings", "sinks", "learned"])
+@pytest.mark.parametrize("name", ["local", "alibi", "scalings", "sinks", "learned", "latent"])
 def test_a_tree_is_its_paths(name, unrolled):
     """Each node's logits are those of the text along its path; after a commit the text goes on from that path."""
     cfg, stacked, tokens, _ = setting(name)
@@ -233,6 +233,8 @@ def test_shapes_are_those_of_the_config():
     abstract = cache.spec(tiny.GROUPS.stack, 3, 5, jnp.bfloat16)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), memory)
+    (first, second), = cache.allocate(tiny.LATENT.stack, 3, 5).layers  # a latent of 12 and 4 dimensions that turn, no values
+    assert first.k.shape == second.k.shape == (2, 3, 1, 5, 16) and first.v is None
     unrolled = cache.unstack(memory)
     assert [len(kv.v) for kv in unrolled.layers[2]] == [2, 2] and unrolled.slots == memory.slots == 5
 

@@ -81,7 +81,7 @@ def changed(value):
             yield (*value, value[-1])
         case _:
             yield from (RmsNorm(3e-5), LayerNorm(3e-5), PreNorm(LayerNorm(3e-5)), LinearScaling(3.5), Rope(123.0),
-                        None, Dense(7), Attention(2, 2, 4), Embedding(23), Head(False), stack_of([tiny.block()] * 3),
+                        None, Dense(7), Attention(2, 2, 4), tiny.latent().attention, Embedding(23), Head(False), stack_of([tiny.block()] * 3),
                         stack_of([tiny.block(causal=False)] * 3), tiny.decoder([tiny.block(cross=tiny.cross())]),
                         tiny.encoder([tiny.block(causal=False)]))
 
@@ -278,6 +278,14 @@ REFUSED = {
     r"Block.cross needs Attention\(position=None\), or a Rope without scaling":
         lambda: tiny.block(cross=tiny.cross(position=Rope(scaling=LinearScaling(2.0)))),
     r"Block.cross needs Attention\(causal=False, window=None\)": lambda: tiny.block(cross=tiny.cross(window=3)),
+    "LatentAttention.heads, latent, key_width, rotated and value_width must be positive, got 4, 12, 6, 4, 0":
+        lambda: tiny.latent(value_width=0),
+    "LatentAttention.query_latent must be positive, got 0": lambda: tiny.latent(query_latent=0),
+    "LatentAttention.window must be positive, got 0": lambda: tiny.latent(window=0),
+    r"LatentAttention.rotated .* must be even, got 3, and Rope.width None, got None": lambda: tiny.latent(rotated=3),
+    r"LatentAttention.rotated .* even, got 4, and Rope.width None, got 2": lambda: tiny.latent(position=Rope(width=2)),
+    "LongRopeScaling needs 2 factors, got 1":
+        lambda: tiny.latent(position=Rope(scaling=LongRopeScaling((1.0,), (1.0,), 8, 1.0))),
     "Dense.width must be positive, got 0": lambda: Dense(0),
     "Group.pattern must hold at least one block": lambda: Group((), 1),
     "Group.repeats must be positive, got 0": lambda: Group((tiny.block(),), 0),

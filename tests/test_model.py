@@ -71,11 +71,12 @@ def test_hidden_states_are_what_shorter_models_give():
             np.testing.assert_allclose(state, prefix(repeats), atol=1e-5)
 
 
-@pytest.mark.parametrize("layers, repeats, unrolled", [
-    (1, [1], False), (3, [2, 1], False), (7, [2, 1, 1, 1], False), (7, [2, 1, 1, 1], True)])
-def test_a_prefix_is_the_first_layers_of_weights_and_cache(layers, repeats, unrolled):
+@pytest.mark.parametrize("name, layers, repeats, unrolled", [
+    ("groups", 1, [1], False), ("groups", 3, [2, 1], False), ("groups", 7, [2, 1, 1, 1], False),
+    ("groups", 7, [2, 1, 1, 1], True), ("latent", 3, [1, 1], False), ("latent", 3, [1, 1], True)])
+def test_a_prefix_is_the_first_layers_of_weights_and_cache(name, layers, repeats, unrolled):
     """Of groups of 2, (1, 1) and 2 x (1, 1) layers: within the first, within the second, in the last one's last repeat."""
-    cfg, tokens = tiny.GROUPS, tiny.tokens(2, 9)
+    cfg, tokens = tiny.CAUSAL[name], tiny.tokens(2, 9)
     weights, count = tiny.weights(model.spec(cfg)), np.array([5, 5], np.int32)
     read = tiny.jit(lambda: model.forward(weights, cfg, tokens[:, :5]).kv)()
     known = cache.filled(read, 12, jnp.asarray(count))

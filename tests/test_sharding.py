@@ -103,6 +103,30 @@ def test_any_mesh_gives_the_same_logits(sizes, kind):
 
 
 def test_an_int8_scale_is_split_like_its_values_where_it_can_be():
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "model": 2}, {"model": 4, "data": 2}], ids=str)
+def test_latent_attention_on_a_mesh(sizes):
+    """A prefill and a step on its cache: heads are split, what the cache keeps of a token is on all devices of its row."""
+    cfg, mesh = tiny.LATENT, sharding.mesh(**sizes)
+    weights = tiny.weights(model.spec(cfg))
+
+    def run(params, tokens):
+        first = model.forward(params, cfg, tokens[:, :4])
+        known = cache.append(cache.allocate(cfg.stack, 8, 8), first.kv, jnp.full(8, 4, jnp.int32))
+        known = known.replace(layers=cache.constrained(known.layers))
+        out = model.forward(params, cfg, tokens[:, 4:], cache=known)
+        return out.logits, cache.append(known, out.kv, jnp.full(8, 2, jnp.int32))
+
+    want, kept = tiny.jit(run)(weights, TOKENS)
+    placed = jax.device_put(weights, sharding.shardings(model.spec(cfg), mesh))
+    assert placed["decoder"]["blocks"]["0"]["0"]["attention"]["k"].sharding.spec[1] == "model"
+    rows = NamedSharding(mesh, sharding.partition(("batch", None), TOKENS.shape, mesh.shape))
+    with jax.set_mesh(mesh):
+        got, split = tiny.jit(run)(placed, jax.device_put(TOKENS, rows))
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    for ours, theirs in zip(jax.tree.leaves(split), jax.tree.leaves(kept), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
     mesh, spec = sharding.mesh(fsdp=4, model=2), model.spec(CFG)
     up = sharding.match(single("int8")[0], spec, mesh)["decoder"]["blocks"]["0"]["0"]["feedforward"]["up"]
     assert tuple(up.values.spec) == (None, "fsdp", "model") and tuple(up.scale.spec) == (None, None, "model")

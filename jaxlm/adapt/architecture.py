@@ -60,6 +60,9 @@ def to_encoder_decoder(model: Model, encoder: Model | None = None, *, start: Seq
     read = jax.tree.map(lambda leaf: _copy(leaf) if id(leaf) in held else leaf, read)
 
     def crossing(one: config.Block) -> config.Block:
+        if isinstance(one.attention, config.LatentAttention):
+            raise ValueError("to_encoder_decoder makes cross-attention of the decoder's self-attention, which must be an "
+                             "Attention, not a LatentAttention")
         cross = dataclasses.replace(one.attention, position=None, causal=False, window=None, source=reader.width)
         return dataclasses.replace(one, cross=cross)
 

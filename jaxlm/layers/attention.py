@@ -76,35 +76,36 @@ ROWS = ((0, 1), (0, 1))  # rows of the batch and key-value heads go side by side
 
 
 class Part(NamedTuple):
-    """Keys and values [B, K, S, H], which of them each query may see [B, T, S], and what is added to scores [B, K, G, T, S]."""
+    """Keys [B, K, S, H] and values [B, K, S, V], which each query may see [B, T, S], and what is added to scores
+    [B, K, G, T, S]."""
 
     kv: KeyValue
     allowed: Bool[Array, "B T S"]
     bias: Float[Array, "B K G T S"] | None
 
 
-def _scores(cfg: config.Attention, q: Float[Array, "B K G T H"], part: Part) -> Float[Array, "B K G T S"]:
-    """Masked scores before the softmax, float32."""
+def _scores(softcap: float | None, q: Float[Array, "B K G T H"], part: Part) -> Float[Array, "B K G T S"]:
+    """Masked scores before the softmax, float32. Queries are scaled."""
     flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
     scores = jax.lax.dot_general(flat, part.kv.k.astype(q.dtype), (((3,), (3,)), ROWS), preferred_element_type=jnp.float32)
     scores = scores.reshape(*q.shape[:4], part.kv.k.shape[2])
-    if cfg.softcap is not None:
-        scores = jnp.tanh(scores / cfg.softcap) * cfg.softcap
+    if softcap is not None:
+        scores = jnp.tanh(scores / softcap) * softcap
     if part.bias is not None:
         scores = scores + part.bias
     return jnp.where(part.allowed[:, None, None], scores, MASKED)
 
 
-def _attend(cfg: config.Attention, sinks: Float[Array, "N"] | None, q: Float[Array, "B K G T H"],
-            parts: list[Part]) -> Float[Array, "B K G T H"]:
+def _attend(softcap: float | None, sinks: Float[Array, "N"] | None, q: Float[Array, "B K G T H"],
+            parts: list[Part]) -> Float[Array, "B K G T V"]:
     """One softmax over all parts."""
-    scores = [_scores(cfg, q, part) for part in parts]
+    scores = [_scores(softcap, q, part) for part in parts]
     top = jnp.max(scores[0], axis=-1, keepdims=True)
     for part in scores[1:]:
         top = jnp.maximum(top, jnp.max(part, axis=-1, keepdims=True))
     total = jnp.zeros_like(top)
     if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, cfg.kv_heads, -1, 1, 1)
+        sink = sinks.astype(jnp.float32).reshape(1, q.shape[1], -1, 1, 1)
         top = jnp.maximum(top, sink)
         total = jnp.exp(sink - top)
     top = jax.lax.stop_gradient(top)
@@ -114,7 +115,7 @@ def _attend(cfg: config.Attention, sinks: Float[Array, "N"] | None, q: Float[Arr
         total = total + jnp.sum(shares, axis=-1, keepdims=True)
         flat = shares.astype(q.dtype).reshape(*q.shape[:2], -1, score.shape[-1])
         mixed = jax.lax.dot_general(flat, part.kv.v.astype(q.dtype), (((3,), (2,)), ROWS), preferred_element_type=jnp.float32)
-        out = out + mixed.reshape(q.shape)
+        out = out + mixed.reshape(*q.shape[:4], -1)
     return (out / total).astype(q.dtype)
 
 
@@ -184,10 +185,6 @@ def apply(params: dict[str, Any], cfg: config.Attention, x: Float[Array, "B T D"
         k = position.rotate(k, cos, sin, cfg.position.interleaved)
     q = _grouped(cfg, q)
     new = KeyValue(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-    sinks = params["sinks"] if cfg.sinks else None
-    length = x.shape[1]
-    slots = 0 if cached is None else cached.k.shape[-2]
-    slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], (x.shape[0], slots))
 
     def heads(bias: Float[Array, "B N T S"]) -> Float[Array, "B K G T S"]:
         return bias.reshape(bias.shape[0], cfg.kv_heads, -1, *bias.shape[2:])
@@ -208,6 +205,27 @@ def apply(params: dict[str, Any], cfg: config.Attention, x: Float[Array, "B T D"
                 return heads(position.relative_bias(cfg.position, table, queries.positions, keys))
         return None
 
+    mixed = mix(cfg, q, new, cached, context, softcap=cfg.softcap, sinks=params["sinks"] if cfg.sinks else None, bias=bias)
+    return _out(params, cfg, mixed), new
+
+
+def mix(cfg: config.SelfAttention, q: Float[Array, "B K G T H"], new: KeyValue, cached: KeyValue | None, context: Context, *,
+        softcap: float | None = None, sinks: Float[Array, "N"] | None = None,
+        bias: Callable[..., Array | None] = lambda *_: None) -> Float[Array, "B K G T V"]:
+    """The values that the T tokens' queries take from the cache and from the tokens themselves.
+
+    Args:
+      cfg: says which keys are seen: causal, window.
+      q: scaled.
+      new: keys [B, K, T, H] and values [B, K, T, V] of the T tokens.
+      cached: committed keys and values [B, K, S, H] and [B, K, S, V].
+      bias: from a run's context, positions of keys, "among" or "committed", and the run's first place (None with the cache) to
+        what is added to scores.
+    """
+    batch, length = context.positions.shape
+    slots = 0 if cached is None else cached.k.shape[-2]
+    slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], (batch, slots))
+
     def run(q: Array, place: Array, positions: Array, segments: Array | None, prefix: Array | None, rows: Array | None,
             seen: int) -> Array:
         """The output of a run of queries, none of which may see a new token behind the first `seen`."""
@@ -217,7 +235,7 @@ def apply(params: dict[str, Any], cfg: config.Attention, x: Float[Array, "B T D"
                       bias(queries, near.positions, "among", place[0, 0]))]
         if cached is not None:
             parts.insert(0, Part(cached, mask.committed(cfg, queries, slots), bias(queries, slot, "committed", None)))
-        return _attend(cfg, sinks, q, parts)
+        return _attend(softcap, sinks, q, parts)
 
     place = jnp.arange(length, dtype=jnp.int32)[None]
     given = (q, place, context.positions, context.segments, context.prefix, context.mask)
@@ -225,7 +243,7 @@ def apply(params: dict[str, Any], cfg: config.Attention, x: Float[Array, "B T D"
     if context.ordered and cfg.causal and context.mask is None:
         size = -(-length // (QUERIES * SPANS)) * QUERIES
         spans = [(start, min(start + size, length), min(start + size, length)) for start in range(0, length, size)]
-    return _out(params, cfg, _runs(run, given, (3, 1, 1, 1, 1, 1), spans)), new
+    return _runs(run, given, (3, 1, 1, 1, 1, 1), spans)
 
 
 def remember(params: dict[str, Any], cfg: config.Attention, source: Float[Array, "B S D"],
@@ -256,7 +274,7 @@ def cross(params: dict[str, Any], cfg: config.Attention, x: Float[Array, "B T D"
 
     def run(q: Array, segments: Array | None, seen: int) -> Array:
         allowed = mask.source(context.replace(segments=segments))
-        out = _attend(cfg, sinks, q, [Part(memory, allowed, None)])
+        out = _attend(cfg.softcap, sinks, q, [Part(memory, allowed, None)])
         # Where a segment has no source there is nothing to add.
         return out if segments is None else jnp.where(jnp.any(allowed, axis=-1)[:, None, None, :, None], out, 0)
 

@@ -65,7 +65,7 @@ def count(batch: int, width: int, length: Array | None, segments: Array | None,
     return counted if lengths is None else jnp.where(index < lengths[:, None], counted, -1)
 
 
-def describe(layers: Iterable[config.Attention], batch: int, width: int, positions: Int[Array, "B T"] | None = None,
+def describe(layers: Iterable[config.SelfAttention], batch: int, width: int, positions: Int[Array, "B T"] | None = None,
              segments: Int[Array, "B T"] | None = None, mask: Bool[Array, "B T T"] | None = None,
              length: Int[Array, "B"] | None = None, total: Int[Array, "B"] | None = None,
              lengths: Int[Array, "B"] | None = None, prefix: Int[Array, "B T"] | None = None) -> Context:
@@ -86,7 +86,7 @@ def describe(layers: Iterable[config.Attention], batch: int, width: int, positio
                    counted=counted)
 
 
-def among(cfg: config.Attention, context: Context, queries: Context | None = None) -> Bool[Array, "B Q T"]:
+def among(cfg: config.SelfAttention, context: Context, queries: Context | None = None) -> Bool[Array, "B Q T"]:
     """Which of the T tokens each of them may see; with `queries`, each of a run of Q of them."""
     queries = context if queries is None else queries
     query, key = queries.positions[:, :, None], context.positions[:, None, :]
@@ -105,7 +105,7 @@ def among(cfg: config.Attention, context: Context, queries: Context | None = Non
     return allowed
 
 
-def committed(cfg: config.Attention, context: Context, slots: int) -> Bool[Array, "B T S"]:
+def committed(cfg: config.SelfAttention, context: Context, slots: int) -> Bool[Array, "B T S"]:
     """Which slots of the cache each of the T tokens may see."""
     slot = jnp.arange(slots, dtype=jnp.int32)[None, None, :]
     allowed = slot < context.length[:, None, None]

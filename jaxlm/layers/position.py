@@ -77,7 +77,7 @@ def rotation(cfg: config.Rope, width: int, positions: Int[Array, "B T"],
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
-def rotations(layers: Iterable[config.Attention], positions: Int[Array, "B T"],
+def rotations(layers: Iterable[config.SelfAttention], positions: Int[Array, "B T"],
               context: Int[Array, "B T"]) -> OrderedDict[tuple[config.Rope, int], tuple[Array, Array]]:
     """Cosines and sines by (Rope, rotated width), each kind among the layers once."""
     # In the layers' order: that of a set differs between processes, which must trace the same program. An OrderedDict, as

@@ -174,7 +174,7 @@ def test_reordering_moves_keys_and_values_within_a_row_and_repeating_takes_every
     rng = np.random.default_rng(0)
     stacked, memory = rng.normal(size=(2, 2, 3, 4, 5)), rng.integers(0, 2, (2, 6))
     kv = caching.KeyValue(jnp.asarray(stacked), tuple(jnp.asarray(stacked)))
-    cache = caching.Cache(((kv,),), jnp.asarray([3, 1], jnp.int32))
+    cache = caching.Cache(((kv, caching.KeyValue(kv.k, None)),), jnp.asarray([3, 1], jnp.int32))
     wide, segments = beam.repeat((cache, jnp.asarray(memory)), 3)
     assert wide.length.tolist() == [3, 3, 3, 1, 1, 1]
     np.testing.assert_array_equal(segments, np.repeat(memory, 3, axis=0))
@@ -185,6 +185,7 @@ def test_reordering_moves_keys_and_values_within_a_row_and_repeating_takes_every
     want = np.repeat(stacked, 3, axis=1) * np.array([2, 0, 2, 4, 4, 3]).reshape(1, 6, 1, 1, 1)
     np.testing.assert_allclose(moved.layers[0][0].k, want, rtol=1e-6)
     np.testing.assert_allclose(np.stack(moved.layers[0][0].v), want, rtol=1e-6)
+    np.testing.assert_array_equal(moved.layers[0][1].k, moved.layers[0][0].k)
 
 
 TEXTS = ["a longer one", "two", "b"]

@@ -84,7 +84,7 @@ def check(lm, prompts, asked, drafter):
     return did
 
 
-SLOW = ("capped", "int8", "learned", "relative")  # their drafters are tested on every run
+SLOW = ("capped", "int8", "learned", "latent", "relative")  # their drafters are tested on every run
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in TARGETS])
