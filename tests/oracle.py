@@ -231,6 +231,8 @@ def activation(kind, x):
             return np.where(x > 0, x, 0) ** 2
         case config.Activation.TANH:
             return np.tanh(x)
+        case config.Activation.QUICK_GELU:
+            return x / (1 + np.exp(-1.702 * x))
 
 
 def feedforward(params, cfg, x):
@@ -241,11 +243,142 @@ def feedforward(params, cfg, x):
         return y + params[f"{name}_bias"] if cfg.bias else y
 
     if cfg.gated:
-        return project("down", activation(cfg.activation, project("gate", x)) * project("up", x))
+        gate, up = project("gate", x), project("up", x)
+        if cfg.clip is not None:
+            gate, up = np.where(gate > cfg.clip, cfg.clip, gate), np.where(abs(up) > cfg.clip, np.sign(up) * cfg.clip, up)
+        return project("down", activation(cfg.activation, gate) * (up + cfg.offset))
     return project("down", activation(cfg.activation, project("up", x)))
 
 
-def block(params, cfg, x, positions, segments=None, mask=None, total=None, table=None, source=None):
+class Routers:
+    """What the routers of a stack know beside a token's vector: ids, the GRU that they share and, layer by layer, its state."""
+
+    def __init__(self, tokens=None, gru=None):
+        self.tokens, self.gru, self.states, self.did = tokens, gru, {}, []
+
+
+def gru(params, x, state):
+    """One step for one token: x, state [P]."""
+    params = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
+    fed = [x @ params["input"][:, i] + params["input_bias"][i] for i in range(3)]
+    kept = [state @ params["state"][:, i] + params["state_bias"][i] for i in range(3)]
+    reset, update = (1 / (1 + np.exp(-fed[i] - kept[i])) for i in range(2))
+    return (1 - update) * np.tanh(fed[2] + reset * kept[2]) + update * state
+
+
+def hashed(token, k, seed, experts):
+    x = (token + seed * 0x9E3779B9 + 0x7F4A7C15) % 2**32
+    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+    x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+    first = (x ^ x >> 16) % experts
+    return [(first + i * experts // k) % experts for i in range(k)]
+
+
+def highest(scores, count):
+    return sorted(range(len(scores)), key=lambda i: -scores[i])[:count]
+
+
+def choose(params, cfg, logits):
+    """(experts, weights, probabilities) of a token, by a `TopK`."""
+    scores = np.exp(logits) / np.exp(logits).sum() if cfg.score is config.Score.SOFTMAX else 1 / (1 + np.exp(-logits))
+    ranked = scores + (params["correction"] if cfg.correction else 0)
+    if cfg.groups is not None:
+        size = len(logits) // cfg.groups.count
+        groups = [list(range(g * size, (g + 1) * size)) for g in range(cfg.groups.count)]
+        best = [sum(sorted(ranked[i] for i in group)[-cfg.groups.best:]) for group in groups]
+        allowed = [i for g in highest(best, cfg.groups.chosen) for i in groups[g]]
+        ranked = [ranked[i] if i in allowed else -math.inf for i in range(len(logits))]
+    experts = highest(ranked, cfg.k)
+    weights = scores[experts]
+    if cfg.normalize:
+        weights = weights / weights.sum()
+    return experts, weights * cfg.scale, scores / scores.sum()
+
+
+def route(params, cfg, row, place, known):
+    """(experts or None, weights, probabilities, logits) of the token at `place`."""
+    table = {name: leaf if isinstance(leaf, dict) else np.asarray(leaf, np.float64)
+             for name, leaf in params.get("router", {}).items()}
+    router = cfg.router
+    if isinstance(router, config.Recurrent):
+        state = known.states.get(place, np.zeros(router.width))
+        row = known.states[place] = gru(known.gru, row @ table["projection"], state)
+        router = router.choice
+    match router:
+        case config.TopK():
+            logits = row @ table["product"] + (table["bias"] if router.bias else 0)
+            return *choose(table, router, logits), logits
+        case config.ExpertChoice():
+            logits = row @ table["product"]
+            return None, None, np.exp(logits) / np.exp(logits).sum(), logits
+        case config.ReluNorm():
+            logits = row @ table["product"]
+            active = np.where(logits > 0, logits, 0)
+            return None, norm(table["norm"], router.norm, active), active / max(active.sum(), 1e-30), logits
+        case config.Hash():
+            experts = hashed(int(known.tokens[place]), router.k, router.seed, cfg.experts)
+            share = np.full(router.k, 1 / router.k)
+            return experts, share, sum(np.eye(cfg.experts)[e] for e in experts) / router.k, np.zeros(cfg.experts)
+        case config.AverageKey():
+            keys = np.asarray(params["experts"]["gate" if cfg.expert.gated else "up"], np.float64)
+            logits = np.array([np.mean([row @ keys[e][:, f] for f in range(keys.shape[2])]) for e in range(cfg.experts)])
+            return highest(logits, router.k), np.ones(router.k), np.exp(logits) / np.exp(logits).sum(), logits
+
+
+def moe(params, cfg, x, positions, known=None):
+    """(x [B, T, D] through the mixture, what the router did by the names of `Routing`): a loop over tokens."""
+    batch, length = x.shape[:2]
+    places = [place for place in np.ndindex(batch, length) if positions[place] >= 0]
+    routes = {place: route(params, cfg, x[place], place, known) for place in places}
+    pairs = {}  # (place, expert) -> weight
+    dropped, experts = 0, None
+    if isinstance(cfg.router, config.ExpertChoice):
+        room = math.ceil(cfg.router.capacity * length / cfg.experts)
+        for b, e in np.ndindex(batch, cfg.experts):
+            mine = [place for place in places if place[0] == b]
+            for i in highest([routes[place][2][e] for place in mine], room):
+                pairs[mine[i], e] = routes[mine[i]][2][e]
+    elif isinstance(cfg.router, config.ReluNorm):
+        pairs = {(place, e): routes[place][1][e] for place in places for e in range(cfg.experts)}
+    else:
+        k = (cfg.router.choice if isinstance(cfg.router, config.Recurrent) else cfg.router).k
+        experts = np.full((batch, length, k), cfg.experts)
+        room = {None: lambda: length * k, config.CapacityTokens: lambda: cfg.capacity.tokens,
+                config.CapacityFactor: lambda: math.ceil(cfg.capacity.factor * k * length / cfg.experts)}[
+                    None if cfg.capacity is None else type(cfg.capacity)]()
+        taken = np.zeros((batch, cfg.experts), int)
+        for choice in range(k):
+            for place in places:
+                e = routes[place][0][choice]
+                if taken[place[0], e] < room:
+                    taken[place[0], e] += 1
+                    experts[place][choice] = e
+                    pairs[place, e] = routes[place][1][choice]
+                else:
+                    dropped += 1
+    out = np.zeros_like(x)
+    for (place, e), weight in pairs.items():
+        out[place] += weight * feedforward({name: leaf[e] for name, leaf in params["experts"].items()}, cfg.expert, x[place])
+    for place in np.ndindex(batch, length):
+        if cfg.shared is not None:
+            beside = feedforward(params["shared"], cfg.shared, x[place])
+            gate = x[place] @ np.asarray(params["shared_gate"], np.float64)[:, 0] if cfg.shared_gate else math.inf
+            out[place] += beside / (1 + math.exp(-gate))
+    relu = isinstance(cfg.router, config.ReluNorm)
+    load = np.zeros(cfg.experts)
+    for place, e in pairs:
+        load[e] += routes[place][3][e] > 0 if relu else 1
+    did = {"tokens": len(places), "scores": sum(routes[place][1 if relu else 2] for place in places), "load": load,
+           "entropy": -sum(p * math.log(p) for place in places for p in routes[place][2] if p > 0), "dropped": dropped,
+           "squares": sum(math.log(np.exp(routes[place][3]).sum()) ** 2 for place in places), "experts": experts,
+           "active": np.stack([[routes[b, t][1] if (b, t) in routes else np.zeros(cfg.experts) for t in range(length)]
+                               for b in range(batch)]) if relu else None}
+    if known is not None:
+        known.did.append(did)
+    return out, did
+
+
+def block(params, cfg, x, positions, segments=None, mask=None, total=None, table=None, source=None, routers=None):
     known = positions, segments, mask, total, table
 
     def n(name, y):
@@ -258,6 +391,8 @@ def block(params, cfg, x, positions, segments=None, mask=None, total=None, table
         return cross(params["cross_attention"], cfg.cross, y, segments, *source)
 
     def f(y):
+        if isinstance(cfg.feedforward, config.Moe):
+            return moe(params["feedforward"], cfg.feedforward, y, positions, routers)[0]
         return feedforward(params["feedforward"], cfg.feedforward, y)
 
     m = cfg.multiplier
@@ -369,13 +504,16 @@ def read(params, cfg, x, positions):
     return rows
 
 
-def side(params, cfg, tokens, positions=None, segments=None, mask=None, total=None, source=None, types=None):
-    """(what the head gives, what it reads, states after 0 to L blocks) of a decoder or an encoder."""
+def side(params, cfg, tokens, positions=None, segments=None, mask=None, total=None, source=None, types=None, routers=None):
+    """(what the head gives, what it reads, states after 0 to L blocks) of a decoder or an encoder; `routers` learns what they
+    did, layer by layer."""
     tokens = np.asarray(tokens)
+    routers = Routers() if routers is None else routers
+    routers.tokens, routers.gru = tokens, params.get("routing")
     if positions is None:
         positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     states = layers(params["blocks"], cfg.stack, embed(params["embedding"], cfg.embedding, tokens, positions, types),
-                    np.asarray(positions), segments, mask, total, params.get("relative_bias"), source)
+                    np.asarray(positions), segments, mask, total, params.get("relative_bias"), source, routers)
     last = states[-1] if cfg.norm is None else norm(params["norm"], cfg.norm, states[-1])
     if cfg.head is None:
         return None, last, states
@@ -384,9 +522,9 @@ def side(params, cfg, tokens, positions=None, segments=None, mask=None, total=No
     return read(params.get("head", {}), cfg.head, last, np.asarray(positions)), last, states
 
 
-def decoder(params, cfg, tokens, *known):
+def decoder(params, cfg, tokens, *known, **more):
     """(logits [B, T, V], states after 0 to L blocks)."""
-    logits, _, states = side(params["decoder"], cfg, tokens, *known)
+    logits, _, states = side(params["decoder"], cfg, tokens, *known, **more)
     return logits, states
 
 

@@ -13,7 +13,10 @@ from jaxlm.config import (
     Activation,
     Alibi,
     Attention,
+    AverageKey,
     Block,
+    CapacityFactor,
+    CapacityTokens,
     Classifier,
     Decoder,
     Dense,
@@ -21,7 +24,10 @@ from jaxlm.config import (
     Embedding,
     Encoder,
     EncoderDecoder,
+    ExpertChoice,
+    ExpertGroups,
     Group,
+    Hash,
     Head,
     LayerNorm,
     Learned,
@@ -29,18 +35,23 @@ from jaxlm.config import (
     Llama3Scaling,
     LongRopeScaling,
     OutputNorm,
+    Moe,
     LatentAttention,
     ParallelNorm,
     Pooling,
     PostNorm,
     PreNorm,
     QkNorm,
+    Recurrent,
     RelativeBias,
+    ReluNorm,
     RmsNorm,
     Rope,
     SandwichNorm,
+    Score,
     Sinusoidal,
     Stack,
+    TopK,
     Transform,
     Vector,
     YarnScaling,
@@ -189,3 +200,37 @@ ENCODER_DECODERS = {
                  block(ParallelNorm(LayerNorm(), True), cross=cross(20, position=Rope(50.0, 4, True)))],
                 head=Head(tied=False)), (3, 1), shared=False, projection=True),
 }
+
+
+# Every router: as DeepSeek-V3, Qwen2-MoE, Mixtral, GPT-OSS, Switch, RMoE, hash layers, BlockFFN, EMoE, expert choice.
+MOES = {
+    "groups": Moe(8, Dense(6), TopK(3, Score.SIGMOID, True, 2.5, ExpertGroups(4, 2, 2), correction=True), shared=Dense(10)),
+    "gate": Moe(6, Dense(6), TopK(2, groups=ExpertGroups(3, 2)), shared=Dense(8, gated=False), shared_gate=True),
+    "softmax": Moe(4, Dense(8), TopK(2, normalize=True)),
+    "clip": Moe(4, Dense(6, Activation.QUICK_GELU, bias=True, clip=0.7, offset=1.0), TopK(2, normalize=True, bias=True)),
+    "switch": Moe(4, Dense(6, Activation.RELU, gated=False), TopK(1), capacity=CapacityFactor(0.7)),
+    "capacity": Moe(4, Dense(6, bias=True), TopK(2, correction=True), capacity=CapacityTokens(2)),
+    "recurrent": Moe(4, Dense(6), Recurrent(5, TopK(2, normalize=True))),
+    "hash": Moe(6, Dense(6, Activation.GELU, gated=False, bias=True), Hash(2, seed=3)),
+    "relu": Moe(4, Dense(6, bias=True), ReluNorm()),
+    "keys": Moe(4, Dense(6), AverageKey(2)),
+    "keys of up": Moe(4, Dense(6, gated=False), AverageKey(1)),
+    "choice": Moe(4, Dense(6, bias=True), ExpertChoice(1.5), shared=Dense(6)),
+}
+
+# Mixtures in one group with dense blocks between, where the recurrent router's state goes from repeat to repeat; a stack that
+# begins dense; a group for each number of experts.
+EXPERTS = {
+    "routers": decoder(Stack((
+        Group((block(feedforward=MOES["recurrent"]), block(feedforward=Dense(8)), block(feedforward=MOES["clip"])), 2),
+        Group((block(feedforward=MOES["hash"]), block(feedforward=MOES["relu"]), block(feedforward=MOES["keys"])), 1)))),
+    "groups": decoder([block(), *[block(feedforward=MOES["groups"])] * 2, block(feedforward=MOES["gate"])]),
+    "drops": decoder([block(feedforward=MOES["switch"]), block(PostNorm(LayerNorm()), MOES["capacity"])]),
+}
+
+EXPERT_ENCODER = encoder([block(feedforward=MOES["choice"], causal=False)] * 2, Vector(Pooling.MEAN))
+
+# As Switch: every second block, on both sides.
+EXPERT_SIDES = EncoderDecoder(
+    encoder([block(causal=False), block(feedforward=MOES["softmax"], causal=False)]),
+    decoder([block(cross=cross()), block(feedforward=MOES["gate"], cross=cross())]), (0,))

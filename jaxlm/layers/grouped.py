@@ -116,7 +116,25 @@ def _tiling(rows: int, groups: int, inner: int, outer: int) -> tuple[int, int, i
     return tall, wide(inner), wide(outer)
 
 
-def _megablox(rows: Array, weight: Weight, sizes: Array, transposed: bool) -> Array:
+
+def _tiling(rows: int, groups: int, inner: int, outer: int, nbytes: int) -> tuple[int, int, int]:
+    """Megablox's tiles of rows, of what is summed and of what comes out, for numbers of so many bytes.
+
+    What is summed is taken whole where it fits: tiles of rows that follow each other in a group then find its matrix in place.
+    """
+    tall, deep, wide = _tall(rows, groups), inner if inner <= 4096 else _near(inner, 2048), _near(outer, 1024)
+
+    def full() -> bool:
+        return 2 * nbytes * (deep * (tall + wide) + tall * wide) + 4 * tall * wide > VMEM
+
+    while wide > LANES and full():
+        wide = _near(outer, wide - LANES)
+    while tall > LANES and full():
+        tall //= 2
+    return tall, deep, wide
+
+
+def _megablox(rows: Array, weight: Weight, sizes: Array, transposed: bool, interpret: bool = False) -> Array:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     count, (inner, outer) = rows.shape[0], rows.shape[1:] + (weight.shape[1 if transposed else 2],)
@@ -125,19 +143,20 @@ def _megablox(rows: Array, weight: Weight, sizes: Array, transposed: bool) -> Ar
     scale = None
     if isinstance(weight, Int8):
         weight, scale = weight.values.astype(rows.dtype), weight.scale
-    out = gmm(padded, weight.astype(rows.dtype), sizes, rows.dtype, tiling, transpose_rhs=transposed)[:count]
+    out = gmm(padded, weight.astype(rows.dtype), sizes, rows.dtype, tiling, transpose_rhs=transposed,
+              interpret=interpret)[:count]
     if scale is not None:
         out = out * scale[jnp.minimum(groups_of(sizes, count), sizes.shape[0] - 1), 0].astype(out.dtype)
     return _zero_tail(out, sizes)
 
 
-def _megablox_outer(rows: Array, given: Array, sizes: Array) -> Array:
+def _megablox_outer(rows: Array, given: Array, sizes: Array, interpret: bool = False) -> Array:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     tiling = _tiling(rows.shape[0], sizes.shape[0], rows.shape[1], given.shape[1])
     left, right = (jnp.pad(x, ((0, -x.shape[0] % tiling[0]), (0, 0))) for x in (rows, given))
-    out = tgmm(left.T, right, sizes, rows.dtype, tiling)
-    return jnp.where((sizes > 0)[:, None, None], out, 0)  # of groups without rows nothing is written
+    with jax.numpy_dtype_promotion("standard"):  # its bookkeeping mixes booleans and integers
+        return tgmm(left.T, right, sizes, rows.dtype, tiling, interpret=interpret)
 
 
 # Elsewhere.

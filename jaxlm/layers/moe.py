@@ -29,7 +29,7 @@ class Routing:
       tokens: how many there are.
       scores: [E], sums of the router's probabilities (of a `config.ReluNorm`: of its weights).
       load: [E], how many tokens went to each expert.
-      entropy: sum of the entropies of the tokens' probabilities, in nats.
+      entropy: sum of the entropies of the tokens' probabilities, in nats (of a `config.ReluNorm`: of relu(x W) over its sum).
       squares: sum of squared log-sum-exps of the logits.
       dropped: how many pairs of token and expert were dropped.
       experts: int32 [B, T, k], where each token went; E where there is no token or the expert dropped it. None where experts
@@ -85,7 +85,7 @@ def apply(params: dict[str, Any], cfg: config.Moe, x: Float[Array, "B T D"], con
         counted = jnp.sum(taken, axis=(0, 1))
     else:
         out = _all(params["experts"], cfg.expert, x, decision.scores)
-        counted = jnp.sum((decision.scores > 0) & valid[..., None], axis=(0, 1)).astype(jnp.float32)
+        counted = jnp.sum((decision.logits > 0) & valid[..., None], axis=(0, 1)).astype(jnp.float32)
     if cfg.shared is not None:
         beside = feedforward.apply(params["shared"], cfg.shared, x)
         if cfg.shared_gate:
@@ -96,12 +96,15 @@ def apply(params: dict[str, Any], cfg: config.Moe, x: Float[Array, "B T D"], con
 
 def _routing(cfg: config.Moe, decision: router.Decision, load: Array, valid: Bool[Array, "B T"], kept: Array | None) -> Routing:
     weight = valid.astype(jnp.float32)
-    logs = jnp.log(jnp.maximum(decision.scores, 1e-30))
+    relu, shares = isinstance(cfg.router, config.ReluNorm), decision.scores
+    if relu:  # its weights are no probabilities: they may be negative, and their sum is anything
+        active = jax.nn.relu(decision.logits)
+        shares = active / jnp.maximum(jnp.sum(active, axis=-1, keepdims=True), 1e-30)
+    logs = jnp.log(jnp.maximum(shares, 1e-30))
     squares = jax.nn.logsumexp(decision.logits, axis=-1) ** 2
     dropped = jnp.zeros(()) if kept is None else jnp.sum(~kept & valid[..., None]).astype(jnp.float32)
-    relu = isinstance(cfg.router, config.ReluNorm)
     return Routing(jnp.sum(weight), jnp.einsum("BTE,BT->E", decision.scores, weight), load,
-                   -jnp.einsum("BTE,BTE,BT->", decision.scores, logs, weight), jnp.sum(squares * weight), dropped,
+                   -jnp.einsum("BTE,BTE,BT->", shares, logs, weight), jnp.sum(squares * weight), dropped,
                    decision.experts, decision.scores * weight[..., None] if relu else None)
 
 
@@ -128,7 +131,7 @@ def _expert_choice(experts: dict[str, Weight], cfg: config.Moe, x: Float[Array, 
     length = x.shape[1]
     room = min(math.ceil(cfg.router.capacity * length / cfg.experts), length)
     best, where = jax.lax.top_k(scores.transpose(0, 2, 1), room)
-    taken = jax.nn.one_hot(where, length, dtype=jnp.float32) * (best >= 0)[..., None]
+    taken = jnp.where((best >= 0)[..., None], jax.nn.one_hot(where, length, dtype=jnp.float32), 0)
     slots = jnp.einsum("BECT,BTD->EBCD", taken.astype(x.dtype), x)
     flat = slots.reshape(cfg.experts, -1, x.shape[2])
     made = jax.vmap(lambda weights, rows: feedforward.apply(weights, cfg.expert, rows[None])[0])(experts, flat)
