@@ -29,14 +29,14 @@ from jaxlm.config import (
     Group,
     Hash,
     Head,
+    LatentAttention,
     LayerNorm,
     Learned,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
-    OutputNorm,
     Moe,
-    LatentAttention,
+    OutputNorm,
     ParallelNorm,
     Pooling,
     PostNorm,
@@ -76,6 +76,12 @@ def block(residual=None, feedforward=None, multiplier=1.0, cross=None, **fields)
     return Block(attention(**fields), feedforward or Dense(24), residual or PreNorm(RmsNorm()), multiplier, cross)
 
 
+def latent(**fields):
+    """A block of latent attention."""
+    return Block(LatentAttention(**{"heads": 4, "latent": 12, "key_width": 6, "rotated": 4, "value_width": 5} | fields),
+                 Dense(24), PreNorm(RmsNorm()))
+
+
 def cross(source=WIDTH, **fields):
     return attention(**{"position": None, "causal": False, "source": source} | fields)
 
@@ -87,12 +93,6 @@ def decoder(blocks, norm=NORM, head=HEAD, embedding=EMBEDDING, length=64):
 
 def weights(spec, seed=0):
     """Float32 weights by path: no norm's scale is one and no bias zero."""
-def latent(**fields):
-    """A block of latent attention."""
-    return Block(LatentAttention(**{"heads": 4, "latent": 12, "key_width": 6, "rotated": 4, "value_width": 5} | fields),
-                 Dense(24), PreNorm(RmsNorm()))
-
-
     def make(path, param):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         values = np.random.default_rng([seed, zlib.crc32(name.encode())]).normal(size=param.shape)
@@ -153,6 +153,11 @@ GROUPS = decoder(
                block(PreNorm(LayerNorm(bias=False)), bias=True)), 2))),
     head=Head(tied=True, scale=0.6))
 
+# Queries of a short vector of their own and of the block's input; biases, a scale, a scaled rotation; a window.
+LATENT = decoder([latent(query_latent=10, bias=True, out_bias=True, scale=0.4, norm=RmsNorm(1e-3),
+                         position=Rope(100.0, interleaved=True, scaling=YarnScaling(4.0, 64, 1.1, beta_fast=4.0))),
+                  latent(window=5, bias=True, position=Rope(100.0))] * 2)
+
 CAUSAL = {"local": LOCAL, "alibi": ALIBI, "learned": LEARNED, "scalings": SCALINGS, "sinks": SINKS,
           "groups": GROUPS, "latent": LATENT}
 
@@ -163,11 +168,6 @@ BIDIRECTIONAL = decoder([block(causal=False, window=window, position=position)
 
 def encoder(blocks, head=None, norm=NORM, embedding=EMBEDDING, width=WIDTH):
     return Encoder(width, embedding, stack_of(blocks), norm, head, 64)
-
-# Queries of a short vector of their own and of the block's input; biases, a scale, a scaled rotation; a window.
-LATENT = decoder([latent(query_latent=10, bias=True, out_bias=True, scale=0.4, norm=RmsNorm(1e-3),
-                         position=Rope(100.0, interleaved=True, scaling=YarnScaling(4.0, 64, 1.1, beta_fast=4.0))),
-                  latent(window=5, bias=True, position=Rope(100.0))] * 2)
 
 
 # BERT's embedding and head, at two widths; T5's bias, shared and in every layer; sines; every head.

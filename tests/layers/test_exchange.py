@@ -21,7 +21,7 @@ BATCHES = {"divides": 16, "does not divide": 3}
 
 
 def arrays(rows):
-    """Vectors, experts of which most tokens want the first device's, some none at all, weights, what to weigh the outputs by."""
+    """Vectors, experts of which most tokens want the first two and some none, weights, what to weigh the outputs by."""
     rng = np.random.default_rng(rows)
     experts = np.where(rng.random((rows, T, 2)) < 0.6, rng.integers(0, 2, (rows, T, 2)), rng.integers(0, 9, (rows, T, 2)))
     x, given = rng.normal(size=(2, rows, T, D))
