@@ -6,6 +6,7 @@ these: the arrays keep the buffers they were filled in.
 """
 
 import concurrent.futures
+import fnmatch
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -37,11 +38,10 @@ def _some(names: set[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
-def _base(family: Family, cfg: config.Config, names: set[str]) -> str:
-    """Which of the family's prefixes these names have."""
-    def present(base: str) -> int:
-        return sum(name in names for place in places(family.table, base, cfg) for name in place.names)
-    return max(family.bases, key=present)
+def _places(family: Family, cfg: config.Config, names: set[str]) -> tuple[Place, ...]:
+    """Every place, by the family's table and prefix that fit these names best."""
+    found = [places(table, base, cfg) for table in (family.table, *family.others) for base in family.bases]
+    return max(found, key=lambda one: sum(name in names for place in one for name in place.names))
 
 
 def _match(family: Family, cfg: config.Config, source: Source) -> list[tuple[Place, tuple[str, ...]]]:
@@ -51,7 +51,7 @@ def _match(family: Family, cfg: config.Config, source: Source) -> list[tuple[Pla
       ValueError: for tensors that are missing, left over or of the wrong shape, or twins of a tied tensor that differ.
     """
     names = source.names()
-    found = places(family.table, _base(family, cfg, names), cfg)
+    found = _places(family, cfg, names)
     missing, used, resolved = set(), set(), []
     for place in found:
         mine = []
@@ -72,9 +72,17 @@ def _match(family: Family, cfg: config.Config, source: Source) -> list[tuple[Pla
     if missing:
         raise ValueError(f"missing tensors: {_some(missing)}")
     left = {name for name in names - used if not any(re.fullmatch(pattern, name) for pattern in family.leftover)}
+    if family.beyond:
+        left = {name for name in left if _layer(name) < cfg.stack.layers}
     if left:
         raise ValueError(f"tensors that a {family.name} of this config has no place for: {_some(left)}")
     return resolved
+
+
+def _layer(name: str) -> int:
+    """Which layer a tensor belongs to; -1 for none."""
+    found = re.search(r"\blayers\.(\d+)\.", name)
+    return int(found.group(1)) if found else -1
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -91,6 +99,10 @@ def _copy(target: np.ndarray, weight: np.ndarray) -> None:
         np.copyto(target, weight, casting="unsafe")
         return
     outer, inner = int(np.argmax(weight.strides)), int(np.argmin(weight.strides))
+    if outer == 0 and weight.ndim > 2:  # one expert after the other
+        for into, one in zip(target, weight, strict=True):
+            _copy(into, one)
+        return
     rows = max(1, weight.strides[outer] // (weight.itemsize * weight.shape[inner]))  # that one step along `outer` takes
     step = max(1, ROWS // rows)
     for start in range(0, weight.shape[outer], step):
@@ -106,7 +118,7 @@ def assemble(cfg: config.Config, family: Family, source: Source, dtype: Any, mes
     """The model's weights out of a checkpoint.
 
     Args:
-      dtype: that the weights are to have.
+      dtype: that the weights are to have, but for those that the family keeps in float32.
       mesh: over which they are split as `jaxlm.sharding` says; None puts them on the first device.
 
     Raises:
@@ -125,7 +137,9 @@ def assemble(cfg: config.Config, family: Family, source: Source, dtype: Any, mes
             buffers: list[dict[Index, np.ndarray]] = []
             for path, shape in zip(place.paths, shapes, strict=True):
                 held = {_index(index, shape) for index in layouts[path].addressable_devices_indices_map(shape).values()}
-                buffers.append({index: _empty(tuple(b - a for a, b in index), dtype) for index in held})
+                exact = any(fnmatch.fnmatchcase(path, pattern) for pattern in family.exact)
+                kind = np.dtype(np.float32) if exact else dtype
+                buffers.append({index: _empty(tuple(b - a for a, b in index), kind) for index in held})
             for _ in pool.map(lambda job: _fill(source, *job), [(place, name, r, buffers) for r, name in enumerate(names)]):
                 pass
             for path, shape, held in zip(place.paths, shapes, buffers, strict=True):
@@ -136,18 +150,21 @@ def assemble(cfg: config.Config, family: Family, source: Source, dtype: Any, mes
         lambda path, _: arrays[jax.tree_util.keystr(path, simple=True, separator="/")], spec)
 
 
-def _fill(source: Source, place: Place, name: str, repeat: int, buffers: list[dict[Index, np.ndarray]]) -> None:
-    """Reads one tensor into all the buffers that hold a part of it."""
-    for weight, held in zip(place.split(source.read(name)), buffers, strict=True):
-        for index, buffer in held.items():
-            target, inner = buffer, index
-            if place.stacked:
-                (start, stop), inner = index[0], index[1:]
-                if not start <= repeat < stop:
-                    continue
-                target = buffer[repeat - start]
+def _fill(source: Source, place: Place, name: str, number: int, buffers: list[dict[Index, np.ndarray]]) -> None:
+    """Reads one tensor into all the buffers that hold a part of it; into none it is not read at all."""
+    at, count = place.index(number), len(place.leading)
+
+    def held(index: Index) -> bool:
+        return all(start <= i < stop for i, (start, stop) in zip(at, index, strict=False))
+
+    wanted = [{index: buffer for index, buffer in one.items() if held(index)} for one in buffers]
+    if not any(wanted):
+        return
+    for weight, into in zip(place.split(source.read(name)), wanted, strict=True):
+        for index, buffer in into.items():
+            target = buffer[(*(i - start for i, (start, _) in zip(at, index, strict=False)), ...)]
             with np.errstate(over="ignore"):  # found next
-                _copy(target, weight[tuple(slice(a, b) for a, b in inner)])
+                _copy(target, weight[tuple(slice(a, b) for a, b in index[count:])])
             if not np.isfinite(target).all():
                 raise ValueError(f"tensor {name} holds NaN or infinity (as {target.dtype})")
 
@@ -170,5 +187,5 @@ def disassemble(params: PyTree, cfg: config.Config, family: Family) -> Iterator[
 def _tensors(weights: Mapping[str, Weight], cfg: config.Config, family: Family) -> Iterator[tuple[str, np.ndarray]]:
     for place in places(family.table, family.bases[0], cfg):
         parts = [np.asarray(dense(weights[path])) for path in place.paths]
-        for repeat, name in enumerate(place.names):
-            yield name, place.join([part[repeat] if place.stacked else part for part in parts])
+        for number, name in enumerate(place.names):
+            yield name, place.join([part[place.index(number)] for part in parts])

@@ -124,6 +124,10 @@ class HuggingFaceSource:
             raise ValueError(f"tensor {name} is of type {kind}; there is {', '.join(DTYPES)}")
         return self._files[self._held[name]].get_tensor(name)
 
+    def row(self, name: str, index: int) -> np.ndarray:
+        """A tensor at this place of its first dimension, of whatever type; no more than that is read."""
+        return self._slices[name][index]
+
 
 def save(model: Model, path: str | os.PathLike[str], *, family: str | None = None, shard_bytes: int = 2 << 30) -> None:
     """Writes a directory that transformers loads: config.json, safetensors in the weights' dtype, the tokenizer's files.

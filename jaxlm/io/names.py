@@ -17,6 +17,8 @@ import numpy as np
 from jaxlm import config, model
 from jaxlm.params import Param, paths
 
+ALTERNATING = 0
+
 
 @dataclass(frozen=True)
 class Row:
@@ -24,10 +26,11 @@ class Row:
 
     Attributes:
       ours: paths of the weights it holds; "{block}" stands for a place in the stack of `side`.
-      theirs: its name; "{base}" stands for the prefix of all but the head, "{i}" for the layer.
+      theirs: its name; "{base}" stands for the prefix of all but the head, "{i}" for the layer, "{e}" for the expert. Without
+        "{e}" a tensor of experts' weights holds all of them, along a dimension before the others.
       out_axis: the dimension of a matrix along which outputs lie.
       blocks: several weights follow one another along the outputs, and do so in this many equal runs: 1 is all of q, then k,
-        then v; None is as many as there are key-value heads.
+        then v; None is as many as there are key-value heads, ALTERNATING as many as each has outputs: they take turns.
       also: other names it goes by, looked for where the first is missing.
       twins: names it also goes by where the head is tied to the embedding.
       when: which blocks it is about, or outside the stack which models; None is all.
@@ -84,14 +87,16 @@ VECTOR = (Row(("encoder/head/out",), "linear.weight", when=_product_of_vectors, 
 
 @dataclass(frozen=True)
 class Place:
-    """A row of the table at one place of a model: the leaves of ours, and a tensor of theirs for each repeat of the block.
+    """A row of the table at one place of a model: the leaves of ours, and a tensor of theirs for each repeat of the block, or
+    for each of its experts.
 
     Attributes:
       paths: our leaves, whole paths.
-      parts: each leaf's Param for one layer, without the leading "layers" axis.
-      names: their tensors, one per repeat; a single one outside the stack.
+      parts: each leaf's Param for one layer and one expert, without the leading axes "layers" and "experts".
+      names: their tensors; a single one outside the stack.
       also: for each of `names` the other names it goes by.
-      stacked: whether our leaves have a leading axis over the repeats.
+      leading: the leading dimensions of our leaves that `names` run over, the last one fastest.
+      experts: the leading dimension that their tensors and our leaves of one layer have in common: () or how many experts.
       out_axis, blocks, plain: the row's.
     """
 
@@ -99,10 +104,15 @@ class Place:
     parts: tuple[Param, ...]
     names: tuple[str, ...]
     also: tuple[tuple[str, ...], ...]
-    stacked: bool
+    leading: tuple[int, ...]
+    experts: tuple[int, ...]
     out_axis: int
     blocks: int
     plain: bool
+
+    def index(self, number: int) -> tuple[int, ...]:
+        """Where in the leading dimensions of our leaves the tensor of this number in `names` belongs."""
+        return tuple(int(at) for at in np.unravel_index(number, self.leading)) if self.leading else ()
 
     def _sizes(self) -> tuple[int, list[int]]:
         """How many inputs the tensor has (1 for a vector), and how many outputs each part."""
@@ -113,31 +123,32 @@ class Place:
     def shape(self) -> tuple[int, ...]:
         """What shape each of their tensors has."""
         if self.plain:
-            return self.parts[0].shape
+            return self.experts + self.parts[0].shape
         inputs, outputs = self._sizes()
         if not self.parts[0].inputs and self.out_axis == 0:
-            return (sum(outputs),)
-        return (sum(outputs), inputs) if self.out_axis == 0 else (inputs, sum(outputs))
+            return (*self.experts, sum(outputs))
+        return self.experts + ((sum(outputs), inputs) if self.out_axis == 0 else (inputs, sum(outputs)))
 
     def _layout(self, part: Param) -> tuple[list[int], tuple[int, ...]]:
         """A part's dimensions in the order they have in their tensor, and where each of ours is found there."""
         outputs = [axis for axis in range(len(part.shape)) if axis not in part.inputs]
         order = [*outputs, *part.inputs] if self.out_axis == 0 else [*part.inputs, *outputs]
-        return [part.shape[axis] for axis in order], tuple(order.index(axis) for axis in range(len(order)))
+        first = len(self.experts)
+        places = (*range(first), *(first + order.index(axis) for axis in range(len(order))))
+        return [*self.experts, *(part.shape[axis] for axis in order)], places
 
     def split(self, tensor: np.ndarray) -> list[np.ndarray]:
         """Our weights of one layer out of their tensor: views of it wherever NumPy can make one."""
         if self.plain:
             return [tensor]
         inputs, outputs = self._sizes()
-        if self.out_axis == 0:
-            runs = tensor.reshape(self.blocks, sum(outputs) // self.blocks, inputs)
-        else:
-            runs = tensor.reshape(inputs, self.blocks, sum(outputs) // self.blocks)
+        size = sum(outputs) // self.blocks
+        run = (self.blocks, size, inputs) if self.out_axis == 0 else (inputs, self.blocks, size)
+        runs = tensor.reshape(*self.experts, *run)
         start, weights = 0, []
         for part, size in zip(self.parts, outputs, strict=True):
             stop = start + size // self.blocks
-            piece = runs[:, start:stop] if self.out_axis == 0 else runs[:, :, start:stop]
+            piece = runs[..., start:stop, :] if self.out_axis == 0 else runs[..., start:stop]
             shape, order = self._layout(part)
             weights.append(piece.reshape(shape).transpose(order))
             start = stop
@@ -153,8 +164,9 @@ class Place:
             order = self._layout(part)[1]
             lying = weight.transpose(np.argsort(order))
             size //= self.blocks
-            runs.append(lying.reshape((self.blocks, size, inputs) if self.out_axis == 0 else (inputs, self.blocks, size)))
-        tensor = runs[0] if len(runs) == 1 else np.concatenate(runs, axis=1 if self.out_axis == 0 else 2)
+            run = (self.blocks, size, inputs) if self.out_axis == 0 else (inputs, self.blocks, size)
+            runs.append(lying.reshape(*self.experts, *run))
+        tensor = runs[0] if len(runs) == 1 else np.concatenate(runs, axis=-2 if self.out_axis == 0 else -1)
         return np.ascontiguousarray(tensor.reshape(self.shape))
 
 
@@ -183,23 +195,30 @@ def _expand(row: Row, base: str, cfg: config.Config, leaves: Mapping[str, Param]
         if row.ours[0] in leaves and (row.when is None or row.when(cfg)):
             tied = isinstance(side.head, config.Head) and side.head.tied
             also = tuple(name.format(base=base) for name in row.also + (row.twins if tied else ()))
-            yield Place(row.ours, tuple(leaves[path] for path in row.ours), (row.theirs.format(base=base),), (also,), False,
-                        row.out_axis, row.blocks or 1, row.plain)
+            yield Place(row.ours, tuple(leaves[path] for path in row.ours), (row.theirs.format(base=base),), (also,), (),
+                        (), row.out_axis, row.blocks or 1, row.plain)
         return
     layer = 0
     for g, group in enumerate(side.stack.groups):
         for p, block in enumerate(group.pattern):
             ours = tuple(path.format(block=f"{row.side}/blocks/{g}/{p}") for path in row.ours)
             if ours[0] in leaves and (row.when is None or row.when(block)):
+                parts, leading, experts = tuple(_one(leaves[path]) for path in ours), (group.repeats,), ()
+                if parts[0].axes[0] == "experts":
+                    experts, parts = parts[0].shape[:1], tuple(map(_one, parts))
+                    if "{e}" in row.theirs:
+                        leading, experts = leading + experts, ()
                 layers = range(layer + p, layer + group.repeats * len(group.pattern), len(group.pattern))
-                yield Place(ours, tuple(_one(leaves[path]) for path in ours),
-                            tuple(row.theirs.format(base=base, i=i) for i in layers),
-                            tuple(tuple(name.format(base=base, i=i) for name in row.also) for i in layers), True,
-                            row.out_axis, block.attention.kv_heads if row.blocks is None else row.blocks, row.plain)
+                keys = [{"base": base, "i": i, "e": e} for i in layers for e in range(math.prod(leading[1:]))]
+                turns = math.prod(size for axis, size in enumerate(parts[0].shape) if axis not in parts[0].inputs)
+                blocks = {None: block.attention.kv_heads, ALTERNATING: turns}.get(row.blocks, row.blocks)
+                yield Place(ours, parts, tuple(row.theirs.format(**key) for key in keys),
+                            tuple(tuple(name.format(**key) for name in row.also) for key in keys), leading, experts,
+                            row.out_axis, blocks, row.plain)
         layer += group.repeats * len(group.pattern)
 
 
 def _one(stacked: Param) -> Param:
-    """The Param of one layer."""
+    """The Param of one layer, or of one expert: without the leading dimension."""
     return dataclasses.replace(stacked, shape=stacked.shape[1:], axes=stacked.axes[1:],
                                inputs=tuple(axis - 1 for axis in stacked.inputs))

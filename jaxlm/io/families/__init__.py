@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm import config
-from jaxlm.io.families import bart, bert, bloom, codet5p, gemma, gpt, llama, modernbert, t5, t5gemma
+from jaxlm.io.families import bart, bert, bloom, codet5p, deepseek, gemma, gpt, llama, modernbert, moe, t5, t5gemma
 from jaxlm.io.families.fields import Family, Fields
 
 # When a model is saved, the first family that can express it is taken.
 FAMILIES: dict[str, Family] = {family.name: family for family in (
-    *llama.FAMILIES, *gemma.FAMILIES, *gpt.FAMILIES, *bloom.FAMILIES, *t5.FAMILIES, *bart.FAMILIES, *t5gemma.FAMILIES,
-    *codet5p.FAMILIES, *bert.FAMILIES, *modernbert.FAMILIES)}
+    *llama.FAMILIES, *moe.FAMILIES, *deepseek.FAMILIES, *gemma.FAMILIES, *gpt.FAMILIES, *bloom.FAMILIES, *t5.FAMILIES,
+    *bart.FAMILIES, *t5gemma.FAMILIES, *codet5p.FAMILIES, *bert.FAMILIES, *modernbert.FAMILIES)}
 
 
 def families() -> dict[str, str]:
@@ -67,6 +67,12 @@ def write(cfg: config.Config, name: str | None = None) -> tuple[Family, dict[str
         if not isinstance(cfg, family.kinds):
             reasons.append(f"{family.name}: is no {type(cfg).__name__}")
             continue
+        if not family.mixtures and _has_mixtures(cfg):
+            reasons.append(f"{family.name}: has no mixtures of experts")
+            continue
+        if any(not isinstance(block.attention, family.attention) for block in _blocks(cfg)):
+            reasons.append(f"{family.name}: has only blocks of {family.attention.__name__}")
+            continue
         reason = None
         try:
             values = family.write(cfg)
@@ -78,6 +84,15 @@ def write(cfg: config.Config, name: str | None = None) -> tuple[Family, dict[str
             return family, values
         reasons.append(f"{family.name}: {reason}")
     raise ValueError("no family of transformers expresses this config. " + "; ".join(reasons))
+
+
+def _blocks(cfg: config.Config) -> list[config.Block]:
+    sides = (cfg.encoder, cfg.decoder) if isinstance(cfg, config.EncoderDecoder) else (cfg,)
+    return [block for side in sides for block in side.stack.blocks()]
+
+
+def _has_mixtures(cfg: config.Config) -> bool:
+    return any(isinstance(block.feedforward, config.Moe) for block in _blocks(cfg))
 
 
 def _difference(ours: Any, theirs: Any, path: str = "config") -> str | None:

@@ -42,6 +42,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": config.Activation.GELU_TANH, "gelu_new": config.Activation.GELU_TANH,
     "gelu_fast": config.Activation.GELU_TANH,
     "relu": config.Activation.RELU, "relu2": config.Activation.SQUARED_RELU, "tanh": config.Activation.TANH,
+    "quick_gelu": config.Activation.QUICK_GELU,
 }
 
 
@@ -146,11 +147,16 @@ class Family:
       read: config from the fields of a config.json.
       write: the fields from a config; need not check that they can express it, `jaxlm.io.families.write` does.
       kinds: of configs that it may express.
+      attention: of its blocks.
       bases: what "{base}" in the table may stand for; the first is written.
+      others: tables that checkpoints also go by; whichever fits best is read, and none of these is written.
+      mixtures: whether its feed-forward layers may be mixtures of experts.
       defaults: transformers' values of keys that a config.json may leave out.
       aliases: other spellings of keys.
       ignored: more keys that change nothing.
       leftover: patterns (`re.fullmatch`) of tensors that may be there and are not needed: buffers and the like.
+      beyond: whether there may be layers behind the last, which are not needed.
+      exact: patterns (`fnmatch`) of our weights that stay in float32 whatever dtype the model is given.
       settle: the config where the tensors say what config.json does not.
       special: ids of tokens that transformers' class cannot do without, for models whose tokenizer has none such.
     """
@@ -162,17 +168,22 @@ class Family:
     read: Callable[[Fields], config.Config]
     write: Callable[[config.Config], dict[str, Any]]
     kinds: tuple[type, ...] = (config.Decoder,)
+    attention: type = config.Attention
     bases: tuple[str, ...] = ("model.", "")
+    others: tuple[tuple[Row, ...], ...] = ()
+    mixtures: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     leftover: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    beyond: bool = False
+    exact: tuple[str, ...] = ()
     settle: Callable[[config.Config, Source], config.Config] = lambda cfg, source: cfg
     special: Mapping[str, int] = field(default_factory=dict)
 
 
 def rope(fields: Fields, width: int, *, base: float = 10000.0, partial: float | None = None, theta: str = "rope_theta",
-         kind: str | None = None) -> tuple[config.Rope, int]:
+         kind: str | None = None, scaling: Mapping[str, Any] | None = None) -> tuple[config.Rope, int]:
     """The rotary position of heads of this width, and the longest context it serves.
 
     Args:
@@ -181,6 +192,7 @@ def rope(fields: Fields, width: int, *, base: float = 10000.0, partial: float | 
       theta: the key of the base, where the scaling's object does not have it.
       kind: "full_attention" or "sliding_attention" where these differ: `rope_parameters` then has an object for each, and
         `rope_scaling` is about the first.
+      scaling: where the config does not say.
 
     Raises:
       ValueError: for an unknown scaling, or a parameter that it does not have; names it.
@@ -189,7 +201,7 @@ def rope(fields: Fields, width: int, *, base: float = 10000.0, partial: float | 
     old, new = fields.get("rope_scaling"), fields.get("rope_parameters")
     if old and new and old != new:
         raise fields.wrong("rope_scaling", "rope_parameters says something else")
-    key, values = ("rope_scaling", old) if old else ("rope_parameters", new)
+    key, values = ("rope_scaling", old) if old else ("rope_parameters", new or scaling)
     if kind is not None and not old:
         fields.inner(key, new).finish(frozenset(KINDS))
         values = (new or {}).get(kind)
@@ -204,9 +216,9 @@ def rope(fields: Fields, width: int, *, base: float = 10000.0, partial: float | 
     else:
         shares = given.optional("partial_rotary_factor"), fields.optional("partial_rotary_factor"), partial
         rotated = int(width * next(share for share in shares if share is not None))
-    scaling, longest = _scaling(fields, given, rotated, longest)
+    scaled, longest = _scaling(fields, given, rotated, longest)
     given.finish(frozenset({"finetuned"}))
-    return config.Rope(base, None if rotated == width else rotated, scaling=scaling), longest
+    return config.Rope(base, None if rotated == width else rotated, scaling=scaled), longest
 
 
 def _scaling(fields: Fields, given: Fields, width: int, longest: int) -> tuple[config.RopeScaling | None, int]:
@@ -333,7 +345,7 @@ def write_activation(activation: config.Activation) -> str:
     """The name that transformers and its older versions know."""
     names = {config.Activation.SILU: "silu", config.Activation.GELU: "gelu", config.Activation.RELU: "relu",
              config.Activation.GELU_TANH: "gelu_pytorch_tanh", config.Activation.SQUARED_RELU: "relu2",
-             config.Activation.TANH: "tanh"}
+             config.Activation.TANH: "tanh", config.Activation.QUICK_GELU: "quick_gelu"}
     return names[activation]
 
 

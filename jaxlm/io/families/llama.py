@@ -57,13 +57,14 @@ def sizes(fields: Fields) -> tuple[int, int, int, int]:
     return width, heads, kv_heads, width // heads if fields.get("head_dim") is None else fields.integer("head_dim")
 
 
-def write_sizes(cfg: config.Decoder) -> dict[str, Any]:
-    """What Llama's relatives all write."""
+def write_sizes(cfg: config.Decoder, feedforward: config.Dense | None = None) -> dict[str, Any]:
+    """What Llama's relatives all write; `feedforward` is the first block's, or another where that is a mixture."""
     block = cfg.stack.blocks()[0]
-    return {"vocab_size": cfg.embedding.vocabulary, "hidden_size": cfg.width, "intermediate_size": block.feedforward.width,
+    feedforward = feedforward or block.feedforward
+    return {"vocab_size": cfg.embedding.vocabulary, "hidden_size": cfg.width, "intermediate_size": feedforward.width,
             "num_hidden_layers": cfg.stack.layers, "num_attention_heads": block.attention.heads,
             "num_key_value_heads": block.attention.kv_heads, "tie_word_embeddings": cfg.head.tied,
-            "hidden_act": write_activation(block.feedforward.activation)}
+            "hidden_act": write_activation(feedforward.activation)}
 
 
 def _eps(cfg: config.Decoder) -> dict[str, Any]:
