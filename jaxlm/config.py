@@ -637,6 +637,10 @@ class Stack:
 
     def __post_init__(self):
         _require(len(self.groups) > 0, "Stack.groups must hold at least one group")
+        feeds = [block.feedforward for group in self.groups for block in group.pattern]
+        widths = {feed.router.width for feed in feeds if isinstance(feed, Moe) and isinstance(feed.router, Recurrent)}
+        _require(len(widths) <= 1,
+                 f"a stack's Recurrent routers share one state: their widths must be equal, got {sorted(widths)}")
 
     @property
     def layers(self) -> int:

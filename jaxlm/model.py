@@ -8,7 +8,6 @@ encoder-decoder is `encode` and then `forward`; its tree holds an encoder's and 
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +19,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxlm import config, sharding, stack
 from jaxlm.cache import Cache, Memory
-from jaxlm.layers import attention, embed, norm, position
+from jaxlm.layers import attention, embed, moe, norm, position
 from jaxlm.layers.mask import Context, describe
-from jaxlm.params import Param, Spec, zeros
+from jaxlm.params import Param, Spec, matrix_size, zeros
 from jaxlm.weight import einsum
 
 
@@ -96,12 +95,21 @@ def encoder(cfg: config.EncoderDecoder, params: PyTree) -> tuple[config.Encoder,
 
 
 def products(cfg: Side) -> int:
-    """How many weights take part in the products of a token: all matrices, the table of tokens where the head is tied to it."""
+    """How many weights take part in the products of a token: all matrices, the table of tokens where the head is tied to it; of
+    a mixture's experts as many as a token goes to."""
     tree = _side_spec(cfg)
     tied = isinstance(cfg.head, config.Head) and cfg.head.tied
     read = {"tokens": tied, "projection": True}
-    matrices = dict(tree) | {"embedding": {name: param for name, param in tree["embedding"].items() if read.get(name)}}
-    return sum(math.prod(param.shape) for param in jax.tree.leaves(matrices) if param.inputs)
+    shared = stack.shared_spec(cfg.stack)
+    matrices = dict(tree) | {"embedding": {name: param for name, param in tree["embedding"].items() if read.get(name)},
+                             "routing": {}}
+    count = matrix_size(matrices)
+    for block in cfg.stack.blocks():
+        if isinstance(block.feedforward, config.Moe):
+            count += moe.products(block.feedforward, cfg.width) - matrix_size(moe.spec(block.feedforward, cfg.width))
+            if isinstance(block.feedforward.router, config.Recurrent):
+                count += matrix_size(shared)
+    return count
 
 
 def cast(params: PyTree, cfg: config.Config, dtype: Any) -> PyTree:

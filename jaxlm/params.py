@@ -98,6 +98,11 @@ def count(tree: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+def matrix_size(spec: PyTree) -> int:
+    """How many numbers a spec's matrices hold: what a token is multiplied with."""
+    return sum(math.prod(param.shape) for param in jax.tree.leaves(spec) if param.inputs)
+
+
 def select(tree: PyTree, *patterns: str) -> dict[str, Any]:
     """The leaves whose path matches one of the shell-style patterns.
 

@@ -27,17 +27,20 @@ from jaxlm.config import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    Moe,
     PreNorm,
     RmsNorm,
     Rope,
     Stack,
+    TopK,
     YarnScaling,
     stack_of,
 )
 from tests import tiny
 
 CONFIGS = (*tiny.CAUSAL.values(), tiny.BIDIRECTIONAL, *tiny.ENCODERS.values(), *tiny.ENCODER_DECODERS.values(),
-           tiny.ENCODER_DECODERS["shared"].decoder)
+           tiny.ENCODER_DECODERS["shared"].decoder,
+           *(tiny.decoder([tiny.block(feedforward=one)]) for one in tiny.MOES.values()))
 
 # What a forward pass does not read, with the place where it is read.
 LIMITS = {("Decoder", "length"), ("Encoder", "length"),  # the longest text that generation and data programs make
@@ -74,14 +77,16 @@ def changed(value):
             yield from (value * 1.5 + 0.25, value / 2)
         case None:
             yield from (3, 0.7, Rope(), LinearScaling(2.0), RmsNorm(), config.QkNorm(RmsNorm()), Learned(80),
-                        tiny.cross(12), config.Transform(config.Activation.RELU), Head(False))
+                        tiny.cross(12), config.Transform(config.Activation.RELU), Head(False), config.CapacityTokens(1),
+                        config.ExpertGroups(2, 1))
         case tuple() if isinstance(value[0], float):
             yield (value[0] * 1.5, *value[1:])
         case tuple():
             yield (*value, value[-1])
         case _:
             yield from (RmsNorm(3e-5), LayerNorm(3e-5), PreNorm(LayerNorm(3e-5)), LinearScaling(3.5), Rope(123.0),
-                        None, Dense(7), Attention(2, 2, 4), tiny.latent().attention, Embedding(23), Head(False), stack_of([tiny.block()] * 3),
+                        None, Dense(7), Attention(2, 2, 4), tiny.latent().attention, Embedding(23), Head(False), TopK(1),
+                        config.CapacityTokens(5), config.ExpertGroups(1, 1), stack_of([tiny.block()] * 3),
                         stack_of([tiny.block(causal=False)] * 3), tiny.decoder([tiny.block(cross=tiny.cross())]),
                         tiny.encoder([tiny.block(causal=False)]))
 
@@ -158,6 +163,18 @@ scalings = st.one_of(
               positive))
 
 
+feedforwards = st.one_of(
+    st.builds(Dense, st.integers(1, 99), st.sampled_from(config.Activation), st.booleans(), st.booleans()),
+    st.builds(Dense, st.integers(1, 99), clip=st.none() | positive, offset=st.floats(-2, 2)))
+choices = st.builds(TopK, st.integers(1, 3), st.sampled_from(config.Score), st.booleans(), positive,
+                    st.none() | st.builds(config.ExpertGroups, st.just(3), st.integers(1, 3), st.integers(1, 3)), st.booleans(),
+                    st.booleans())
+routers = st.one_of(
+    choices, st.builds(config.Hash, st.integers(1, 9), st.integers(0, 99)), st.builds(config.ReluNorm, norms),
+    st.builds(config.Recurrent, st.just(5), choices), st.builds(config.AverageKey, st.integers(1, 9)),
+    st.builds(config.ExpertChoice, positive))
+
+
 @st.composite
 def blocks(draw):
     kv_heads = draw(st.integers(1, 4))
@@ -171,8 +188,9 @@ def blocks(draw):
         heads, kv_heads, draw(st.sampled_from([4, 8])), position, draw(st.booleans()),
         draw(st.none() | st.integers(1, 99)), draw(maybe), draw(maybe), draw(maybe), draw(st.booleans()),
         draw(st.booleans()), draw(st.none() | st.builds(config.QkNorm, norms, st.booleans())), draw(st.booleans()))
-    feedforward = Dense(draw(st.integers(1, 99)), draw(st.sampled_from(config.Activation)), draw(st.booleans()),
-                        draw(st.booleans()))
+    feedforward = draw(feedforwards | st.sampled_from(list(tiny.MOES.values())) | st.builds(
+        lambda expert, shared, router: Moe(9, expert, router, shared, shared is not None), feedforwards,
+        st.none() | feedforwards, routers))
     one_norm = st.sampled_from([config.PostNorm, config.OutputNorm, config.SandwichNorm])
     residual = st.builds(lambda kind, norm: kind(norm), one_norm, norms) | st.builds(
         lambda kind, norm, flag: kind(norm, flag), st.sampled_from([config.PreNorm, config.ParallelNorm]), norms, st.booleans())
@@ -287,6 +305,26 @@ REFUSED = {
     "LongRopeScaling needs 2 factors, got 1":
         lambda: tiny.latent(position=Rope(scaling=LongRopeScaling((1.0,), (1.0,), 8, 1.0))),
     "Dense.width must be positive, got 0": lambda: Dense(0),
+    "Dense.clip must be positive, got 0": lambda: Dense(8, clip=0.0),
+    "Dense.clip and Dense.offset belong to gated layers": lambda: Dense(8, gated=False, offset=1.0),
+    "TopK.k must be positive, got 0": lambda: TopK(0),
+    "Hash.k must be positive, got 0": lambda: config.Hash(0),
+    "AverageKey.k must be positive, got 0": lambda: config.AverageKey(0),
+    "Recurrent.width must be positive, got 0": lambda: config.Recurrent(0, TopK(1)),
+    "ExpertChoice.capacity must be positive, got 0": lambda: config.ExpertChoice(0.0),
+    "CapacityFactor.factor must be positive, got 0": lambda: config.CapacityFactor(0.0),
+    "CapacityTokens.tokens must be positive, got 0": lambda: config.CapacityTokens(0),
+    "ExpertGroups.chosen must be 1 to 4, got 5": lambda: config.ExpertGroups(4, 5),
+    "ExpertGroups.best must be positive, got 0": lambda: config.ExpertGroups(4, 2, 0),
+    "Moe.experts must be positive, got 0": lambda: Moe(0, Dense(8), TopK(1)),
+    "Moe.shared_gate multiplies a shared layer: give one": lambda: Moe(2, Dense(8), TopK(1), shared_gate=True),
+    "with ExpertChoice it must be None": lambda: Moe(2, Dense(8), config.ExpertChoice(1.0), capacity=config.CapacityTokens(1)),
+    "a router cannot choose 3 of 2 experts": lambda: Moe(2, Dense(8), config.Recurrent(4, TopK(3))),
+    "6 experts do not divide into 4 groups of equal size": lambda: Moe(6, Dense(8), TopK(1, groups=config.ExpertGroups(4, 1))),
+    "ExpertGroups.best is 3, and a group has 2 experts": lambda: Moe(8, Dense(8), TopK(1, groups=config.ExpertGroups(4, 1, 3))),
+    "TopK.k is 3, and 1 groups have 2 experts": lambda: Moe(8, Dense(8), TopK(3, groups=config.ExpertGroups(4, 1))),
+    r"Recurrent routers share one state: their widths must be equal, got \[3, 4\]": lambda: stack_of(
+        [tiny.block(feedforward=Moe(2, Dense(8), config.Recurrent(width, TopK(1)))) for width in (3, 4)]),
     "Group.pattern must hold at least one block": lambda: Group((), 1),
     "Group.repeats must be positive, got 0": lambda: Group((tiny.block(),), 0),
     "Stack.groups must hold at least one group": lambda: Stack(()),
@@ -304,7 +342,7 @@ REFUSED = {
     "Dense lacks width": lambda: config.from_dict({"type": "Dense", "gated": True}),
     "Dense.width must be int, got '8'": lambda: config.from_dict({"type": "Dense", "width": "8"}),
     "Dense.width must be int, got True": lambda: config.from_dict({"type": "Dense", "width": True}),
-    "Dense.activation must be one of silu, gelu, gelu_tanh, relu, squared_relu, tanh, got 'swish'":
+    "Dense.activation must be one of silu, gelu, gelu_tanh, relu, squared_relu, tanh, quick_gelu, got 'swish'":
         lambda: config.from_dict({"type": "Dense", "width": 8, "activation": "swish"}),
     "PreNorm.norm must be RmsNorm or LayerNorm, got {'type': 'Head'":
         lambda: config.from_dict({"type": "PreNorm", "norm": {"type": "Head", "tied": True}}),

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlm import config
 from jaxlm.layers import exchange, feedforward, router
 from jaxlm.layers.mask import Context
-from jaxlm.params import Param
+from jaxlm.params import Param, matrix_size
 from jaxlm.weight import Weight, dense, einsum
 
 
@@ -63,6 +63,22 @@ def spec(cfg: config.Moe, width: int) -> dict[str, Any]:
     if cfg.shared_gate:
         tree["shared_gate"] = Param((width, 1), ("embed", None), inputs=(0,))
     return tree
+
+
+def products(cfg: config.Moe, width: int) -> int:
+    """How many weights take part in the products of a token: the router's, those of the experts that it goes to (where experts
+    choose: on average), and those of the layer that all go through."""
+    tree = spec(cfg, width)
+    match cfg.router.choice if isinstance(cfg.router, config.Recurrent) else cfg.router:
+        case config.TopK(k=k) | config.Hash(k=k) | config.AverageKey(k=k):
+            chosen = k
+        case config.ExpertChoice(capacity=capacity):
+            chosen = min(capacity, cfg.experts)
+        case config.ReluNorm():
+            chosen = cfg.experts
+    keys = width * cfg.experts if isinstance(cfg.router, config.AverageKey) else 0
+    experts = tree.pop("experts")
+    return matrix_size(tree) + keys + round(matrix_size(experts) * chosen / cfg.experts)
 
 
 def apply(params: dict[str, Any], cfg: config.Moe, x: Float[Array, "B T D"], context: Context,

@@ -82,12 +82,15 @@ def apply(params: dict[str, Any], cfg: config.Moe, x: Float[Array, "B T D"], con
       keys: of a `config.AverageKey` router, the mean of each expert's keys.
 
     Raises:
-      ValueError: for a hash of tokens where the model was given embeddings.
+      ValueError: for a hash of tokens where the model was given embeddings, and a recurrent router outside of a stack.
     """
     match cfg.router:
         case config.TopK() as choice:
             return _choose(params, choice, _logits(params, x)), state
         case config.Recurrent(choice=choice):
+            if state is None or context.routing is None:
+                raise ValueError("a Recurrent router reads a state that layers hand on, with weights that they share: run its "
+                                 "block as part of a stack")
             read = einsum("BTD,DP->BTP", x, params["projection"])
             state = gru(context.routing, read, state.astype(x.dtype))
             return _choose(params, choice, _logits(params, state)), state

@@ -72,6 +72,7 @@ DECODERS = {
     "scaled": decoder(tiny.block(position=config.Rope(100.0, scaling=config.DynamicNtkScaling(2.0, 4))),
                       tiny.block(position=config.Rope(100.0, scaling=config.LongRopeScaling(
                           (1.0, 1.5, 2.0, 2.5), (1.0, 3.0, 5.0, 9.0), 8, 1.2)))),
+    "experts": decoder(tiny.block(feedforward=tiny.MOES["groups"])),
     "latent": decoder(tiny.latent(query_latent=10), tiny.latent(window=6, position=config.Rope(100.0))),
 }
 

@@ -10,7 +10,8 @@ X = np.random.default_rng(0).normal(0, 2, (2, 3, 8))
 
 
 @pytest.mark.parametrize("cfg", [Dense(12, kind, gated=i % 2 == 0, bias=i % 3 == 0)
-                                 for i, kind in enumerate([*Activation, *reversed(Activation)])], ids=str)
+                                 for i, kind in enumerate([*Activation, *reversed(Activation)])] + [
+    Dense(12, Activation.QUICK_GELU, bias=True, clip=0.7, offset=1.0), Dense(12, clip=0.5), Dense(12, offset=-0.3)], ids=str)
 def test_feedforward(cfg):
     params = tiny.weights(feedforward.spec(cfg, 8))
     assert set(params) == {"up", "down"} | ({"gate"} if cfg.gated else set()) | (

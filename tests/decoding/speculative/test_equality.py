@@ -32,7 +32,8 @@ CAPPED = tiny.decoder(
 
 @functools.cache
 def target(name):
-    """Windows, ALiBi, sinks, learned positions, rotations that scale with the length, soft caps, 8-bit weights; sources."""
+    """Windows, ALiBi, sinks, learned positions, rotations that scale with the length, latents, experts, soft caps, 8-bit weights;
+    sources."""
     if name in stubs.DECODERS:
         return stubs.random(name)
     if name in stubs.ENCODER_DECODERS:
@@ -84,7 +85,7 @@ def check(lm, prompts, asked, drafter):
     return did
 
 
-SLOW = ("capped", "int8", "learned", "latent", "relative")  # their drafters are tested on every run
+SLOW = ("capped", "experts", "int8", "learned", "latent", "relative")  # their drafters are tested on every run
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in TARGETS])
