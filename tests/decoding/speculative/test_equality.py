@@ -32,8 +32,8 @@ CAPPED = tiny.decoder(
 
 @functools.cache
 def target(name):
-    """Windows, ALiBi, sinks, learned positions, rotations that scale with the length, latents, experts, soft caps, 8-bit weights;
-    sources."""
+    """Windows, ALiBi, sinks, learned positions, rotations that scale with the length, latents, experts, soft caps, 8-bit
+    weights; sources."""
     if name in stubs.DECODERS:
         return stubs.random(name)
     if name in stubs.ENCODER_DECODERS:
