@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxlm import sharding
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.io import assemble, families, mxfp4, sentence
+from jaxlm.io import assemble, families, fp8, mxfp4, sentence
 from jaxlm.io.gguf import GgufSource
 from jaxlm.io.huggingface import CONFIG, HuggingFaceSource, save
 from jaxlm.model import Model
@@ -53,7 +53,7 @@ def load(path: str | os.PathLike[str], dtype: Any = None, mesh: Mesh | None = No
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating-point type like jnp.bfloat16, got {dtype!r}")
     found = _find(path)
-    source = GgufSource(found) if found.is_file() else mxfp4.unpacked(HuggingFaceSource(found))
+    source = GgufSource(found) if found.is_file() else fp8.unpacked(mxfp4.unpacked(HuggingFaceSource(found)))
     family = families.find(source.config)
     cfg = family.settle(families.read(source.config), source)
     if not isinstance(source, GgufSource):

@@ -69,6 +69,7 @@ class HuggingFaceSource:
         if lost:
             raise ValueError(f"{INDEX} says that {lost[0]} is in {places[lost[0]]}, and it is not")
         self._held = held
+        self._offsets: dict[str, dict[str, int]] = {}  # where tensors begin, of files that `bytes` was asked about
         self._slices = {name: self._files[file].get_slice(name) for name, file in held.items()}
 
     def _places(self) -> dict[str, str]:
@@ -123,6 +124,23 @@ class HuggingFaceSource:
         if kind not in DTYPES:
             raise ValueError(f"tensor {name} is of type {kind}; there is {', '.join(DTYPES)}")
         return self._files[self._held[name]].get_tensor(name)
+
+    def bytes(self, name: str) -> np.ndarray:
+        """A tensor of 8-bit floating-point numbers as uint8, mapped: safetensors gives NumPy no such numbers.
+
+        Raises:
+          ValueError: when it is of another type than e4m3.
+        """
+        kind = self._slices[name].get_dtype()
+        if kind != "F8_E4M3":
+            raise ValueError(f"tensor {name} is of type {kind} and has scales beside it; F8_E4M3 is needed")
+        file = self._held[name]
+        if file not in self._offsets:
+            with (self.directory / file).open("rb") as opened:
+                size = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(size))
+            self._offsets[file] = {key: 8 + size + one["data_offsets"][0] for key, one in header.items() if "dtype" in one}
+        return np.memmap(self.directory / file, np.uint8, "r", self._offsets[file][name], self.shape(name))
 
     def row(self, name: str, index: int) -> np.ndarray:
         """A tensor at this place of its first dimension, of whatever type; no more than that is read."""

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm import config
-from jaxlm.io.families import bart, bert, bloom, codet5p, gemma, gpt, llama, modernbert, moe, t5, t5gemma
+from jaxlm.io.families import bart, bert, bloom, codet5p, deepseek, gemma, gpt, llama, modernbert, moe, t5, t5gemma
 from jaxlm.io.families.fields import Family, Fields
 
 # When a model is saved, the first family that can express it is taken.
 FAMILIES: dict[str, Family] = {family.name: family for family in (
-    *llama.FAMILIES, *moe.FAMILIES, *gemma.FAMILIES, *gpt.FAMILIES, *bloom.FAMILIES, *t5.FAMILIES,
+    *llama.FAMILIES, *moe.FAMILIES, *deepseek.FAMILIES, *gemma.FAMILIES, *gpt.FAMILIES, *bloom.FAMILIES, *t5.FAMILIES,
     *bart.FAMILIES, *t5gemma.FAMILIES, *codet5p.FAMILIES, *bert.FAMILIES, *modernbert.FAMILIES)}
 
 

@@ -34,6 +34,13 @@ GRANITE = LOCAL | {"model_type": "granitemoe", "attention_multiplier": 0.7, "emb
 GPT_OSS = LOCAL | {"model_type": "gpt_oss", "head_dim": 8, "sliding_window": 5, "swiglu_limit": 7.0, "num_experts_per_tok": 4,
                    "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
                                     "truncate": False, "original_max_position_embeddings": 16}}
+LATENT = BASE | {"num_hidden_layers": 3, "first_k_dense_replace": 1, "num_key_value_heads": 4, "n_routed_experts": 8,
+                 "num_experts_per_tok": 3, "moe_intermediate_size": 12, "kv_lora_rank": 10, "q_lora_rank": 14,
+                 "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "rope_theta": 100.0}
+STRETCHED = {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+             "original_max_position_embeddings": 16}
+DEEPSEEK_V2 = LATENT | {"model_type": "deepseek_v2", "topk_method": "greedy", "n_shared_experts": 2}
+DEEPSEEK_V3 = LATENT | {"model_type": "deepseek_v3", "n_group": 4, "topk_group": 2}
 
 CASES = {
     "mixtral": MIXTRAL,
@@ -55,6 +62,16 @@ CASES = {
     "gpt_oss clipped, plain": GPT_OSS | {
         "num_hidden_layers": 3, "swiglu_limit": 0.5, "attention_bias": False, "rope_scaling": {"rope_type": "default"},
         "layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+    "deepseek_v2 lite": DEEPSEEK_V2 | {"q_lora_rank": None,
+                                       "rope_scaling": STRETCHED | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    "deepseek_v2": DEEPSEEK_V2 | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+                                  "routed_scaling_factor": 4.0, "rms_norm_eps": 1e-5, "attention_bias": True},
+    "deepseek_v3": DEEPSEEK_V3 | {"rope_scaling": STRETCHED},
+    "deepseek_v3 one group, halves": DEEPSEEK_V3 | {
+        "q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.5,
+        "rope_interleave": False, "attention_bias": True, "first_k_dense_replace": 0, "num_hidden_layers": 2,
+        "n_shared_experts": 2, "tie_word_embeddings": True,
+        "rope_scaling": STRETCHED | {"mscale": 0.8, "mscale_all_dim": 0.5}},
 }
 
 
