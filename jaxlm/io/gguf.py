@@ -49,6 +49,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (0,),
     "embedding_scale": (0, 1),
     "expert_count": (0,),
+    "expert_gating_func": (0, 1),
+    "expert_group_count": (0, 1),
+    "expert_weights_scale": (0, 1),
     "final_logit_softcapping": (0,),
     "logit_scale": (0, 1),
     "residual_scale": (0, 1),
@@ -271,6 +274,11 @@ def _transpose(weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
     return weight.T
 
 
+def _row(weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    """[in] to [1, in]."""
+    return weight.reshape(1, -1)
+
+
 def _less_one(weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
     """Gemma's checkpoints hold scale - 1."""
     return weight.astype(np.float32) - np.float32(1)
@@ -349,8 +357,20 @@ def _biases(m: Metadata) -> dict[str, bool]:
     return {"attention_bias": "blk.0.attn_q.bias" in m.tensors, "mlp_bias": "blk.0.ffn_up.bias" in m.tensors}
 
 
+def _experts(m: Metadata, count: str = "num_experts") -> dict[str, Any]:
+    return {count: m.need("expert_count"), "num_experts_per_tok": m.need("expert_used_count")}
+
+
+def _expert_width(m: Metadata) -> int:
+    m.rows("blk.0.ffn_down_exps.weight")  # that there is one
+    return m.tensors["blk.0.ffn_down_exps.weight"].shape[-1]
+
+
 def _llama(m: Metadata) -> dict[str, Any]:
     window = m.get("attention.sliding_window", 0)
+    if m.get("expert_count", 0):
+        return _gated(m, "mixtral", "Mixtral") | _experts(m, "num_local_experts") | {
+            "head_dim": m.head_width, "intermediate_size": _expert_width(m), "sliding_window": window or None}
     if window:
         return _gated(m, "mistral", "Mistral") | {"head_dim": m.head_width, "sliding_window": window}
     return _gated(m, "llama", "Llama") | _biases(m) | {"head_dim": m.head_width}
@@ -370,6 +390,49 @@ def _qwen2(m: Metadata) -> dict[str, Any]:
 def _qwen3(m: Metadata) -> dict[str, Any]:
     return _gated(m, "qwen3", "Qwen3") | {
         "head_dim": m.head_width, "attention_bias": _biases(m)["attention_bias"], "use_sliding_window": False}
+
+
+def _qwen2_moe(m: Metadata) -> dict[str, Any]:
+    return _gated(m, "qwen2_moe", "Qwen2Moe") | _experts(m) | {
+        "moe_intermediate_size": _expert_width(m), "norm_topk_prob": m.get("expert_weights_norm", False),
+        "shared_expert_intermediate_size": m.rows("blk.0.ffn_gate_shexp.weight"), "qkv_bias": _biases(m)["attention_bias"],
+        "use_sliding_window": False}
+
+
+def _qwen3_moe(m: Metadata) -> dict[str, Any]:
+    return _gated(m, "qwen3_moe", "Qwen3Moe") | _experts(m) | {
+        "head_dim": m.head_width, "moe_intermediate_size": _expert_width(m), "use_sliding_window": False,
+        "norm_topk_prob": m.get("expert_weights_norm", True), "attention_bias": _biases(m)["attention_bias"]}
+
+
+def _olmoe(m: Metadata) -> dict[str, Any]:
+    return _gated(m, "olmoe", "Olmoe") | _experts(m) | {
+        "intermediate_size": _expert_width(m), "norm_topk_prob": m.get("expert_weights_norm", False),
+        "attention_bias": _biases(m)["attention_bias"]}
+
+
+def _granitemoe(m: Metadata) -> dict[str, Any]:
+    if not m.get("rope.scaling.finetuned", True):
+        raise m.unsupported("no rotary position")
+    width, shared = m.head_width, "blk.0.ffn_gate_shexp.weight"
+    beside = {"shared_intermediate_size": m.rows(shared)} if shared in m.tensors else {}
+    kind = ("granitemoeshared", "GraniteMoeShared") if beside else ("granitemoe", "GraniteMoe")
+    return _gated(m, *kind) | _experts(m, "num_local_experts") | beside | {
+        "head_dim": width, "intermediate_size": _expert_width(m), "attention_bias": _biases(m)["attention_bias"],
+        "attention_multiplier": m.get("attention.scale") or width**-0.5, "logits_scaling": m.need("logit_scale") or 1.0,
+        "embedding_multiplier": m.get("embedding_scale") or 1.0, "residual_multiplier": m.get("residual_scale") or 1.0}
+
+
+def _gpt_oss(m: Metadata) -> dict[str, Any]:
+    if m.get("expert_gating_func", 3) not in (1, 3):  # a softmax over all or over the chosen, the same once they are divided
+        raise m.unsupported(f"experts chosen by function {m.get('expert_gating_func')}")
+    cfg = _gated(m, "gpt_oss", "GptOss")
+    scaling = cfg["rope_scaling"] or {"rope_type": "default"}
+    window = m.need("attention.sliding_window")
+    return cfg | _experts(m, "num_local_experts") | {
+        "head_dim": m.head_width, "intermediate_size": _expert_width(m), "attention_bias": _biases(m)["attention_bias"],
+        "swiglu_limit": 7.0, "sliding_window": window, "layer_types": _layer_types(m, 2),
+        "rope_scaling": scaling | {"truncate": False} if scaling["rope_type"] == "yarn" else scaling}
 
 
 def _gemma(m: Metadata, kind: str = "gemma", model: str = "Gemma") -> dict[str, Any]:
@@ -537,7 +600,7 @@ class Architecture:
     Attributes:
       config: makes the config.json.
       modules: the checkpoint's modules that may have a weight or a bias, by their Hugging Face names; {i} is a
-        layer. May depend on the config.
+        layer, {e} an expert. May depend on the config.
       undo: what to do to the tensors of a module whose name ends so, to have them as the checkpoint has them.
       encoder: whether it reads whole texts, and makes vectors of them if the metadata says how.
     """
@@ -558,6 +621,10 @@ _SANDWICH = ("model.layers.{i}.input_layernorm", "model.layers.{i}.pre_feedforwa
 _LLAMA = (*_OUTER, *_BEFORE, *_QKV, *_GATED)
 _HALVES = {"q_proj": partial(_half_rotation, "num_attention_heads"),
            "k_proj": partial(_half_rotation, "num_key_value_heads")}
+_W = tuple(f"model.layers.{{i}}.block_sparse_moe.experts.{{e}}.w{part}" for part in (1, 2, 3))
+_EXPERTS = tuple(f"model.layers.{{i}}.mlp.experts.{{e}}.{part}_proj" for part in ("gate", "up", "down"))
+_SHARED = tuple(f"model.layers.{{i}}.mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down"))
+_SPARSE = (*_OUTER, *_BEFORE, *_QKV, "model.layers.{i}.mlp.gate", *_EXPERTS)
 _BLOOM = ("transformer.word_embeddings", "transformer.ln_f", "lm_head", *(
     f"transformer.h.{{i}}.{part}" for part in (
         "self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")))
@@ -569,11 +636,26 @@ def _falcon_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (*_BLOOM, *(f"transformer.h.{{i}}.{norm}" for norm in norms))
 
 
+def _llama_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Mixtral goes by Llama's name."""
+    if config["model_type"] != "mixtral":
+        return _LLAMA
+    return (*_OUTER, *_BEFORE, *_QKV, "model.layers.{i}.block_sparse_moe.gate", *_W)
+
+
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(_llama, _LLAMA, _HALVES),
+    "llama": Architecture(_llama, _llama_modules, _HALVES),
     "smollm3": Architecture(_smollm3, _LLAMA, _HALVES),
     "qwen2": Architecture(_qwen2, _LLAMA),
     "qwen3": Architecture(_qwen3, (*_LLAMA, *_QK_NORM)),
+    "qwen2moe": Architecture(_qwen2_moe, (*_SPARSE, *_SHARED, "model.layers.{i}.mlp.shared_expert_gate"),
+                             {"shared_expert_gate": _row}),
+    "qwen3moe": Architecture(_qwen3_moe, (*_SPARSE, *_QK_NORM)),
+    "olmoe": Architecture(_olmoe, (*_SPARSE, *_QK_NORM)),
+    "granitemoe": Architecture(_granitemoe, (
+        *_OUTER, *_BEFORE, *_QKV, "model.layers.{i}.block_sparse_moe.router.layer", *_W, *_SHARED), _HALVES),
+    "gpt-oss": Architecture(_gpt_oss, (
+        *_OUTER, *_BEFORE, *_QKV, "model.layers.{i}.self_attn.sinks", "model.layers.{i}.mlp.router", *_EXPERTS)),
     "gemma": Architecture(_gemma, _LLAMA, {"norm": _less_one}),
     "gemma2": Architecture(_gemma2, (*_OUTER, *_SANDWICH, *_QKV, *_GATED), {"norm": _less_one}),
     "gemma3": Architecture(_gemma3, (*_OUTER, *_SANDWICH, *_QKV, *_QK_NORM, *_GATED), {"norm": _less_one}),
@@ -613,6 +695,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             f"encoder.layers.{{i}}.{part}" for part in (
                 "attn.Wqkv", "attn.out_proj", "norm1", "mlp.fc11", "mlp.fc12", "mlp.fc2", "norm2"))), encoder=True),
 }
+
+
+def _by_expert(tensor: Tensor, name: str) -> dict[str, Tensor]:
+    """A tensor of all experts as one of each, so that they are dequantised one by one."""
+    count, *shape = tensor.shape
+    size = tensor.nbytes // count
+    return {name.replace("{e}", str(e)): dataclasses.replace(
+        tensor, shape=tuple(shape), start=tensor.start + e * size, nbytes=size) for e in range(count)}
 
 
 class GgufSource:
@@ -701,13 +791,15 @@ class GgufSource:
         for template in modules(self.config) if callable(modules) else modules:
             changes = [change for end, change in architecture.undo.items() if template.endswith(end)]
             for layer in range(layers if "{i}" in template else 1):
-                module = template.replace("{i}", str(layer))
+                named = template.replace("{i}", str(layer))
+                module = named.replace(".{e}", "")
                 # Not every table has the head, and BLOOM's leaves out a prefix that its checkpoints have.
                 theirs = "output" if module in ("lm_head", "embed_out") else (
                     table.get_name(module) or table.get_name(module.removeprefix("transformer.")))
                 for part in ("weight", "bias"):
                     if f"{theirs}.{part}" in m.tensors:
-                        found[f"{module}.{part}"] = m.tensors[f"{theirs}.{part}"]
+                        tensor = m.tensors[f"{theirs}.{part}"]
+                        found |= _by_expert(tensor, f"{named}.{part}") if "{e}" in named else {f"{module}.{part}": tensor}
                         undo |= {f"{module}.{part}": change for change in changes}
         left = sorted(m.tensors.keys() - {tensor.name for tensor in found.values()} - m.read)
         if left:
@@ -747,8 +839,8 @@ class GgufSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """As the checkpoint had it."""
-        shape = self._find(name).shape
-        return shape[::-1] if self._undo.get(name) is _transpose else shape
+        shape, undo = self._find(name).shape, self._undo.get(name)
+        return (1, math.prod(shape)) if undo is _row else shape[::-1] if undo is _transpose else shape
 
     def read(self, name: str) -> np.ndarray:
         """The values: float32 where the file is quantised, else as it has them, float32, float16 or bfloat16."""

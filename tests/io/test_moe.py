@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import safetensors.numpy
 
 import jaxlm
 import jaxlm.io
-from jaxlm import config, model, params, sharding
+from jaxlm import config, sharding
 from jaxlm.io import assemble, families, mxfp4
 from jaxlm.io.assemble import disassemble
 from jaxlm.model import Model
@@ -190,8 +191,8 @@ def packed(folder):
     """A directory with a tiny GPT-OSS of random blocks, and the tensors that they stand for."""
     hf = make_moe.GPT_OSS | {"hidden_size": 32, "intermediate_size": 64}
     cfg = families.read(hf)
-    weights = params.init(model.spec(cfg), jax.random.key(0), jnp.float32)
-    tensors = dict(disassemble(weights, cfg, families.FAMILIES["gpt_oss"]))
+    tensors = {name: make_moe.weight(name, place.shape)
+               for place in assemble.places(families.FAMILIES["gpt_oss"].table, "model.", cfg) for name in place.names}
     held = {}
     for name, tensor in list(tensors.items()):
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
@@ -240,6 +241,120 @@ def test_mxfp4_is_read_as_what_it_stands_for(tmp_path):
     safetensors.numpy.save_file(held, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"tensor {name}_blocks has no {name}_scales beside it"):
         jaxlm.load(tmp_path / "packed")
+
+
+# GGUF files, written here with llama.cpp's names and orders.
+
+SIZES = {"block_count": 2, "context_length": 128, "embedding_length": 16, "feed_forward_length": 24, "attention.head_count": 4,
+         "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5, "expert_count": 8, "expert_used_count": 2}
+SMALL = SIZES | {"attention.layer_norm_rms_epsilon": 1e-6}
+FILES = {
+    "mixtral": ("llama", SIZES | {"rope.freq_base": 10000.0}),
+    "mixtral window, three experts": ("llama", SIZES | {"attention.sliding_window": 6, "expert_used_count": 3}),
+    "qwen2_moe": ("qwen2moe", SMALL | {"expert_feed_forward_length": 12, "expert_shared_feed_forward_length": 20}),
+    "qwen3_moe": ("qwen3moe", SMALL | {"attention.key_length": 8, "attention.value_length": 8}),
+    "olmoe": ("olmoe", SIZES | {"expert_used_count": 3}),
+    "olmoe normalized, biases": ("olmoe", SIZES | {"expert_used_count": 3, "expert_weights_norm": True}),
+    "granitemoe": ("granitemoe", SMALL | {"attention.scale": 0.7, "embedding_scale": 1.5, "logit_scale": 0.5,
+                                          "residual_scale": 0.6}),
+    "granitemoeshared": ("granitemoe", SMALL | {"attention.scale": 0.7, "embedding_scale": 1.5, "logit_scale": 0.5,
+                                                "residual_scale": 0.6, "expert_shared_feed_forward_length": 20}),
+    "gpt_oss": ("gpt-oss", SIZES | {
+        "attention.key_length": 8, "attention.sliding_window": 5, "expert_used_count": 4, "rope.freq_base": 10000.0,
+        "rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 16}),
+}
+OUTER = {"model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm"}
+INNER = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
+         "block_sparse_moe.gate": "ffn_gate_inp", "block_sparse_moe.router.layer": "ffn_gate_inp", "mlp.gate": "ffn_gate_inp",
+         "mlp.router": "ffn_gate_inp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+         "shared_mlp.output_linear": "ffn_down_shexp", "block_sparse_moe.output_linear": "ffn_down_exps",
+         "self_attn.sinks": "attn_sinks"}
+INNER |= {f"self_attn.{part}": f"attn_{part[0]}" for part in ("q_proj", "k_proj", "v_proj")}
+INNER |= {f"self_attn.{part}_norm": f"attn_{part}_norm" for part in "qk"}
+INNER |= {f"mlp.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")}
+EACH = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+
+
+def converted(architecture, tensors):
+    """Released tensors as llama.cpp's conversion leaves them."""
+    from tests.io.test_gguf import pairs
+
+    out, stacks = {}, {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if module in OUTER:
+            out[f"{OUTER[module]}.{part}"] = tensor
+            continue
+        _, _, i, inner = name.split(".", 3)
+        if expert := re.search(r"experts\.(\d+)\.(\w+)\.weight", inner):
+            stacks.setdefault(f"blk.{i}.ffn_{EACH[expert[2]]}_exps.weight", {})[int(expert[1])] = tensor
+        elif "input_linear" in inner:
+            end = "shexp" if "shared" in inner else "exps"
+            gate, up = np.split(tensor, 2, axis=-2)
+            out |= {f"blk.{i}.ffn_gate_{end}.weight": gate, f"blk.{i}.ffn_up_{end}.weight": up}
+        elif "experts.gate_up_proj" in inner:
+            end = "bias" if inner.endswith("bias") else "weight"
+            for first, kind in enumerate(("gate", "up")):
+                taken = tensor[..., first::2]
+                out[f"blk.{i}.ffn_{kind}_exps.{end}"] = taken if end == "bias" else taken.swapaxes(1, 2)
+        elif "experts.down_proj" in inner:
+            bias = inner.endswith("bias")
+            out[f"blk.{i}.ffn_down_exps.{'bias' if bias else 'weight'}"] = tensor if bias else tensor.swapaxes(1, 2)
+        else:
+            module, _, part = inner.rpartition(".") if not inner.endswith("sinks") else (inner, ".", "weight")
+            if architecture in ("llama", "granitemoe") and module.endswith(("q_proj", "k_proj")):
+                tensor = pairs(4 if "q_proj" in module else 2)(tensor)
+            theirs = "post_attention_norm" if architecture == "gpt-oss" and "post_att" in module else INNER[module]
+            out[f"blk.{i}.{theirs}.{part}"] = tensor.reshape(-1) if "shared_expert_gate" in module else tensor
+    out |= {name: np.stack([stack[e] for e in range(len(stack))]) for name, stack in stacks.items()}
+    return {name: np.ascontiguousarray(tensor) for name, tensor in out.items()}
+
+
+def written(path, name, **fields):
+    from tests.io.test_gguf import write
+
+    given, (architecture, usual) = source(name), FILES[name]
+    tensors = {one: given.read(one) for one in given.tensors}
+    return write(path, architecture, usual | fields, converted(architecture, tensors))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_gguf(name, tmp_path):
+    pytest.importorskip("gguf")
+    lm, whole = jaxlm.load(written(tmp_path / "m.gguf", name)), load(source(name))
+    assert lm.config == whole.config
+    jax.tree.map(np.testing.assert_array_equal, lm.params, whole.params)
+
+
+def test_gguf_experts_that_are_quantised(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from tests.io.test_gguf import write
+
+    cfg, tensors, _ = packed(tmp_path / "packed")
+    shapes = converted("gpt-oss", tensors)
+    packs = {name: gguf.quants.quantize(tensor, gguf.GGMLQuantizationType.Q8_0) for name, tensor in shapes.items()
+             if name.endswith("exps.weight")}
+    fields = FILES["gpt_oss"][1] | {"embedding_length": 32, "feed_forward_length": 64}
+    file = write(tmp_path / "m.gguf", "gpt-oss", fields, shapes | packs, dict.fromkeys(packs, gguf.GGMLQuantizationType.Q8_0))
+    lm = jaxlm.load(file)
+    assert lm.config == cfg
+    experts = lm.params["decoder"]["blocks"]["0"]
+    for i in ("0", "1"):
+        for kind in ("gate", "up", "down"):
+            values = gguf.quants.dequantize(packs[f"blk.{i}.ffn_{kind}_exps.weight"], gguf.GGMLQuantizationType.Q8_0)
+            np.testing.assert_array_equal(experts[i]["feedforward"]["experts"][kind][0], values.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("name, fields, message", [
+    ("mixtral", {"expert_gating_func": 2}, "llama.expert_gating_func is 2"),
+    ("gpt_oss", {"expert_gating_func": 2}, "experts chosen by function 2: not supported for gpt-oss"),
+    ("granitemoe", {"rope.scaling.finetuned": False}, "no rotary position"),
+    ("qwen3_moe", {"expert_count": 9}, r"mlp.gate.weight has shape \(8, 16\); the config needs \(9, 16\)"),
+])
+def test_gguf_that_is_not_supported(name, fields, message, tmp_path):
+    pytest.importorskip("gguf")
+    with pytest.raises(ValueError, match=message):
+        jaxlm.load(written(tmp_path / "m.gguf", name, **fields))
 
 
 # Against transformers itself.
@@ -307,3 +422,17 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
         quantization_config=transformers.Mxfp4Config(dequantize=True)).eval()
     lm = jaxlm.load(tmp_path / "packed")
     same(synthetic.runner(lm.params, lm.config, 40), theirs, TEXTS)
+
+
+@parity
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe"])
+def test_transformers_reads_the_same_of_gguf_files(name, tmp_path):
+    import torch
+    import transformers
+
+    path = written(tmp_path / "m.gguf", name, vocab_size=make_moe.VOCABULARY)
+    made = transformers.AutoConfig.for_model(**make_moe.CASES[name])
+    made._attn_implementation = made._experts_implementation = "eager"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, config=made, dtype=torch.float32)
+    lm = jaxlm.load(path)
+    same(synthetic.runner(lm.params, lm.config, 40), theirs.eval(), TEXTS)

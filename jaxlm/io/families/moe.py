@@ -71,6 +71,14 @@ GPT_OSS_WHOLE = (Row(GATE_UP, f"{LAYER}.mlp.experts.gate_up_proj", 1, ALTERNATIN
 # As `jaxlm.io.mxfp4` names and lays out what it unpacks.
 GPT_OSS_PACKED = (Row(GATE_UP, f"{LAYER}.mlp.experts.gate_up_proj.{{e}}", 0, ALTERNATING),
                   Row(DOWN, f"{LAYER}.mlp.experts.down_proj.{{e}}"))
+# As `jaxlm.io.gguf` names what llama.cpp keeps apart.
+GRANITE_APART = (*LLAMA, _router("block_sparse_moe.router.layer.weight"),
+                 *_each("block_sparse_moe.experts", "w1", "w3", "w2"), *SHARED)
+GPT_OSS_APART = (
+    *LLAMA, Row(("{block}/attention/sinks",), f"{LAYER}.self_attn.sinks.weight"),
+    _router("mlp.router.weight"), Row((f"{MIXTURE}/router/bias",), f"{LAYER}.mlp.router.bias"), *NAMED,
+    *(Row((f"{path}_bias",), f"{LAYER}.mlp.experts.{{e}}.{name}_proj.bias")
+      for path, name in zip((*GATE_UP, *DOWN), ("gate", "up", "down"), strict=True)))
 
 
 def _mixture(cfg: config.Decoder) -> config.Moe:
@@ -267,8 +275,8 @@ def _write_gpt_oss(cfg: config.Decoder) -> dict[str, Any]:
         "swiglu_limit": moe.expert.clip, "rope_scaling": values["rope_scaling"] or {"rope_type": "default"}}
 
 
-# Losses of training, and noise in it.
-_IGNORED = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})
+# Losses of training, and noise in it; what OpenAI calls what the rotary scaling says.
+_IGNORED = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "initial_context_length"})
 _QWEN = DEFAULTS | {"decoder_sparse_step": 1, "norm_topk_prob": False, "use_sliding_window": False, "sliding_window": 4096}
 _GRANITE = DEFAULTS | {"attention_bias": False, "num_local_experts": 8, "num_experts_per_tok": 2} | dict.fromkeys(
     ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
@@ -287,11 +295,12 @@ FAMILIES = (
            mixtures=True, ignored=_IGNORED, aliases={"num_local_experts": "num_experts"},
            defaults=DEFAULTS | {"rms_norm_eps": 1e-5, "norm_topk_prob": False, "attention_bias": False}),
     Family("granitemoe", "Granite 3.0, 3.1 MoE (1B-A400M, 3B-A800M)", "GraniteMoeForCausalLM", GRANITE, _read_granitemoe,
-           _write_granitemoe, mixtures=True, ignored=_IGNORED, defaults=_GRANITE),
+           _write_granitemoe, others=(GRANITE_APART,), mixtures=True, ignored=_IGNORED, defaults=_GRANITE),
     Family("granitemoeshared", "Granite MoE with a shared expert", "GraniteMoeSharedForCausalLM", GRANITE,
-           _read_granitemoe, _write_granitemoeshared, mixtures=True, ignored=_IGNORED, defaults=_GRANITE),
+           _read_granitemoe, _write_granitemoeshared, others=(GRANITE_APART,), mixtures=True, ignored=_IGNORED,
+           defaults=_GRANITE),
     Family("gpt_oss", "GPT-OSS 20B, 120B", "GptOssForCausalLM", GPT_OSS + GPT_OSS_WHOLE, _read_gpt_oss, _write_gpt_oss,
-           others=(GPT_OSS + GPT_OSS_PACKED,), mixtures=True, ignored=_IGNORED | {"initial_context_length"},  # the scaling's
+           others=(GPT_OSS + GPT_OSS_PACKED, GPT_OSS_APART), mixtures=True, ignored=_IGNORED,
            defaults=DEFAULTS | {"rms_norm_eps": 1e-5, "head_dim": 64, "attention_bias": True, "swiglu_limit": 7.0,
                                 "sliding_window": 128}),
 )
