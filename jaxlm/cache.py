@@ -46,11 +46,13 @@ class Memory:
       hidden: [B, S, D] or None; each layer makes its keys and values of it in every call. This is for training.
       layers: laid out like `Cache.layers`, None at places without cross-attention; or None.
       segments: int32 [B, S]; tokens see the source of their own segment (1 where they have none), 0 is padding.
+      routing: what the routers of the encoder's mixtures of experts did (`jaxlm.stack.Result`), beside `hidden`, for losses.
     """
 
     hidden: Float[Array, "B S D"] | None
     layers: tuple[tuple[KeyValue | None, ...], ...] | None
     segments: Int[Array, "B S"]
+    routing: Any = None
 
 
 @flax.struct.dataclass

@@ -284,7 +284,7 @@ def forward(params: PyTree, cfg: config.Config, tokens: Int[Array, "B T"] | None
         slots = None if cache is None else cache.slots
         known = known.replace(bias=_bias(shared.position, params["relative_bias"], known, slots))
     if memory is not None:
-        known = known.replace(source=memory.replace(layers=None))
+        known = known.replace(source=memory.replace(layers=None, routing=None))
     known = known.replace(tokens=tokens, routing=params.get("routing"))
     x = embed.apply(params["embedding"], cfg.embedding, tokens, embeddings, known.positions, dtype, types)
     x = sharding.constrain(x, sharding.ACTIVATIONS)
@@ -378,7 +378,7 @@ def encode(params: PyTree, cfg: config.EncoderDecoder, tokens: Int[Array, "B S"]
             segments = (jnp.arange(hidden.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
         if positions is not None:
             segments = (jnp.asarray(positions) >= 0).astype(jnp.int32)
-    return Memory(hidden, None, segments)
+    return Memory(hidden, None, segments, out.routing)
 
 
 def remember(params: PyTree, cfg: config.EncoderDecoder | config.Decoder, memory: Memory) -> Memory:

@@ -100,6 +100,7 @@ class Recipe:
       remat: what of a block is computed again in the backward pass: "none", "full" (all), "products" (all but products with
         weights).
       smoothing, z: see `jaxlm.objectives.cross_entropy`.
+      routing: losses of the routers of mixtures of experts; None for none. Not for objectives with a loss of their own.
       average: share of the old average of the weights that a step keeps; None for no average.
       seed: of weights, order and examples.
       checkpoint_every, evaluate_every: steps; None at the end only.
@@ -129,6 +130,7 @@ class Recipe:
     remat: Literal["none", "full", "products"] = "products"
     smoothing: float = 0.0
     z: float = 0.0
+    routing: objectives.RoutingLoss | None = None
     average: float | None = None
     seed: int = 0
     checkpoint_every: int | None = None
@@ -167,6 +169,12 @@ class Recipe:
         if not pairs and self.inputs is not None:
             raise ValueError(f"{type(self.objectives[0]).__name__} makes texts, which have no inputs: leave out Recipe.inputs, "
                              f"got {self.inputs}")
+        if self.routing is not None and self.own is not None:
+            raise ValueError(f"{type(self.own).__name__} has a loss of its own, to which routers' are not added: leave out "
+                             "Recipe.routing")
+        if self.routing is not None and not any(isinstance(block.feedforward, config.Moe) for _, side in self.sides
+                                                for block in side.stack.blocks()):
+            raise ValueError("Recipe.routing is for models with mixtures of experts (jaxlm.config.Moe), and this has none")
         evaluated = self.objectives[-1].own
         if evaluated not in (None, self.own):
             raise ValueError(f"evaluations have the loss of what is learned or the common one, got that of {evaluated}")
@@ -355,9 +363,11 @@ class Program:
           learned: whose; default that of what the recipe learns.
         """
         one = self.recipe
+        # Evaluations say whose loss, and have none of the routers.
+        beside = {} if learned is not None or one.routing is None else {"routing": one.routing}
         learned = learned or one.own or Objective()
         return learned.loss(params, one.model, batch, key, carry, sizes=self.sizes, prefixes=self.prefixes,
-                            smoothing=one.smoothing, z=one.z, dtype=self.dtype, remat=REMAT[one.remat])
+                            smoothing=one.smoothing, z=one.z, dtype=self.dtype, remat=REMAT[one.remat], **beside)
 
     def step(self, skip: bool = False) -> Callable[[State, PyTree], tuple[State, Metrics]]:
         """One update, to be compiled; consumes the state.

@@ -16,7 +16,8 @@ SIZES = {"data": 2, "fsdp": 2, "model": 4}
     (("embed", "heads", "head"), (16, 8, 5), ("fsdp", "model", None)),
     (("batch", "length", "embed"), (8, 6, 16), None),
     (("batch", "length"), (8, 6), (("data", "fsdp"), None)),
-    (("batch", "length"), (6, 6), (None, None)),  # 6 rows over 4 devices
+    (("batch", "length"), (6, 6), ("data", None)),  # 6 rows over 4 devices: over the first axis alone
+    (("batch", "length"), (5, 6), (None, None)),
     (("embed", "kv_heads", "head"), (16, 2, 5), ("fsdp", None, None)),  # 2 heads over 4 devices
     (("layers", None, "mlp"), (3, 4, 8), (None, None, "model")),
     (("experts", "embed", "mlp"), (8, 16, 8), (None, "fsdp", "model")),  # the mesh does not have this axis
@@ -102,7 +103,6 @@ def test_any_mesh_gives_the_same_logits(sizes, kind):
     np.testing.assert_allclose(out, want, atol=2e-5)
 
 
-def test_an_int8_scale_is_split_like_its_values_where_it_can_be():
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "model": 2}, {"model": 4, "data": 2}], ids=str)
 def test_latent_attention_on_a_mesh(sizes):
     """A prefill and a step on its cache: heads are split, what the cache keeps of a token is on all devices of its row."""
@@ -127,6 +127,7 @@ def test_latent_attention_on_a_mesh(sizes):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+def test_an_int8_scale_is_split_like_its_values_where_it_can_be():
     mesh, spec = sharding.mesh(fsdp=4, model=2), model.spec(CFG)
     up = sharding.match(single("int8")[0], spec, mesh)["decoder"]["blocks"]["0"]["0"]["feedforward"]["up"]
     assert tuple(up.values.spec) == (None, "fsdp", "model") and tuple(up.scale.spec) == (None, None, "model")

@@ -76,7 +76,7 @@ def to_encoder_decoder(model: Model, encoder: Model | None = None, *, start: Seq
                              "and needs a key")
         fresh = {"decoder": {"blocks": {g: {p: _crossing(tree) for p, tree in places.items()}
                                         for g, places in models.spec(whole)["decoder"]["blocks"].items()}}}
-        fresh = _init(model, fresh, key)["decoder"]["blocks"]
+        fresh = init(model, fresh, key)["decoder"]["blocks"]
 
     def place(g: int, p: int, one: config.Block) -> PyTree:
         tree = model.params["decoder"]["blocks"][str(g)][str(p)]
@@ -88,7 +88,7 @@ def to_encoder_decoder(model: Model, encoder: Model | None = None, *, start: Seq
         # A block whose attention reads the stream without a norm has none to copy: ones (and zeros) it begins with.
         bare = {name: spec for name, spec in made.items() if names[name] not in tree}
         bare = jax.tree.map(lambda param, n=stack.groups[g].repeats: param.stacked(n), bare)
-        fresh_norms = _init(model, {"norms": bare}, jax.random.key(0))["norms"] if bare else {}
+        fresh_norms = init(model, {"norms": bare}, jax.random.key(0))["norms"] if bare else {}
         return tree | jax.tree.map(_copy, copied) | fresh_norms
 
     blocks = {str(g): {str(p): place(g, p, one) for p, one in enumerate(group.pattern)} for g, group in enumerate(stack.groups)}
@@ -141,7 +141,7 @@ def to_encoder(model: Model, layers: str | Sequence[int] = "all", head: str | An
         if weights and key is None:
             raise ValueError(f"the weights of a new {type(head).__name__} need a key")
         made, side = dataclasses.replace(made, head=head), _without(tree["encoder"], "head")
-        tree = {"encoder": side | _init(model, {"encoder": {"head": weights}}, key)["encoder"] if weights else side}
+        tree = {"encoder": side | init(model, {"encoder": {"head": weights}}, key)["encoder"] if weights else side}
     return Model(made, tree, model.tokenizer)
 
 
@@ -159,7 +159,7 @@ def to_decoder(model: Model, head: config.Head | None = None, *, key: Key[Array,
     """
     cfg = _single(model, "to_decoder", config.Encoder)
     blocks = [_causal(one, True) for one in cfg.stack.blocks()]
-    stack, tree = _rebuilt(model.params["encoder"], cfg.stack, blocks)
+    stack, tree = rebuilt(model.params["encoder"], cfg.stack, blocks)
     if head is None and isinstance(cfg.head, config.Head):
         head = cfg.head
     if head is None or head != cfg.head:
@@ -167,7 +167,7 @@ def to_decoder(model: Model, head: config.Head | None = None, *, key: Key[Array,
         weights = embed.head_spec(head, cfg.embedding, cfg.width)
         if weights and key is None:
             raise ValueError("the weights of a new Head need a key")
-        tree = tree | (_init(model, {"head": weights}, key) if weights else {})
+        tree = tree | (init(model, {"head": weights}, key) if weights else {})
     made = config.Decoder(cfg.width, cfg.embedding, stack, cfg.norm, head, cfg.length)
     return Model(made, {"decoder": tree}, model.tokenizer)
 
@@ -190,7 +190,7 @@ def decoder_of(model: Model) -> Model:
       ValueError: for an encoder.
     """
     cfg = model.decoder
-    stack, tree = _rebuilt(model.params["decoder"], cfg.stack,
+    stack, tree = rebuilt(model.params["decoder"], cfg.stack,
                            [dataclasses.replace(one, cross=None) for one in cfg.stack.blocks()])
     blocks = {g: {p: {name: leaf for name, leaf in place.items() if not name.startswith(CROSS)} for p, place in places.items()}
               for g, places in tree["blocks"].items()}
@@ -228,11 +228,11 @@ def _as_encoder(cfg: config.Decoder | config.Encoder, tree: PyTree,
                 chosen: frozenset[int] | None = None) -> tuple[config.Encoder, PyTree]:
     """The encoder of which only the chosen layers see both sides, and its weights."""
     blocks = [_causal(one, chosen is not None and layer not in chosen) for layer, one in enumerate(cfg.stack.blocks())]
-    stack, side = _rebuilt(tree["decoder" if isinstance(cfg, config.Decoder) else "encoder"], cfg.stack, blocks)
+    stack, side = rebuilt(tree["decoder" if isinstance(cfg, config.Decoder) else "encoder"], cfg.stack, blocks)
     return config.Encoder(cfg.width, cfg.embedding, stack, cfg.norm, cfg.head, cfg.length), {"encoder": side}
 
 
-def _rebuilt(side: dict[str, Any], old: config.Stack, blocks: Sequence[config.Block]) -> tuple[config.Stack, dict[str, Any]]:
+def rebuilt(side: dict[str, Any], old: config.Stack, blocks: Sequence[config.Block]) -> tuple[config.Stack, dict[str, Any]]:
     """The stack of these blocks, in place of the old ones, and the side's tree with the weights where they then lie. A group
     whose repeats are no longer alike is split, and its weights copied."""
     groups, trees, first = [], [], 0
@@ -260,9 +260,9 @@ def _stacked(layers: list[tuple[PyTree, int]]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack([leaf[r] for leaf, r in zip(leaves, repeats, strict=True)]), *trees)
 
 
-def _init(model: Model, spec: PyTree, key: Key[Array, ""]) -> PyTree:
+def init(model: Model, spec: PyTree, key: Key[Array, ""]) -> PyTree:
     """Fresh weights in the model's dtype, split over its mesh."""
-    side = "decoder" if isinstance(model.config, config.Decoder) else "encoder"
+    side = "encoder" if isinstance(model.config, config.Encoder) else "decoder"
     dtype = model.params[side]["embedding"]["tokens"].dtype
     if model.mesh is None:
         return params.init(spec, key, dtype)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -21,6 +22,7 @@ from jaxlm import config, sharding
 from jaxlm.layers import feedforward, grouped
 from jaxlm.weight import Weight
 
+FEW = 8  # pairs of a token and an expert that a CPU does not sort: for one token there is nothing to gain
 SLACK = 2.0  # rows to a device in one round, in even shares: one round does unless a device gets twice what is fair
 
 
@@ -53,9 +55,40 @@ def _weight_spec(name: str, leaf: Weight, cfg: config.Moe, sizes: Any) -> Any:
     return jax.tree.map(lambda array: sharding.partition(axes, array.shape, sizes), leaf)
 
 
+def _one(params: dict[str, Weight], cfg: config.Dense, rows: Float[Array, "R D"], first: Any) -> Float[Array, "R D"]:
+    """Rows through one expert. `first`: whether this device adds the last product's bias."""
+    if cfg.bias:
+        params = params | {"down_bias": jnp.where(first, params["down_bias"], 0)}
+    return feedforward.apply(params, cfg, rows[None])[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _mlp(params: dict[str, Weight], cfg: config.Dense, rows: Float[Array, "R D"], sizes: Int[Array, "E"],
-         first: Any = True) -> Float[Array, "R D"]:
-    """Each row through the expert of its group. `first`: whether this device adds the last product's bias."""
+         first: Any) -> Float[Array, "R D"]:
+    """Each row through the expert of its group. A CPU that needs no gradient takes a tile of rows through all of an expert."""
+    def looped(params: Any, rows: Array, sizes: Array, first: Array) -> Array:
+        return grouped.each(lambda own, part, _: _one(own, cfg, part, first), params, rows, sizes)
+
+    return jax.lax.platform_dependent(params, rows, sizes, first, cpu=looped,
+                                      default=lambda params, *rest: _by_products(params, cfg, *rest))
+
+
+def _mlp_forward(params: Any, cfg: config.Dense, rows: Array, sizes: Array, first: Array) -> Any:
+    out, back = jax.vjp(lambda params, rows: _by_products(params, cfg, rows, sizes, first), params, rows)
+    return out, (back, sizes)
+
+
+def _mlp_backward(cfg: config.Dense, kept: Any, given: Array) -> Any:
+    back, sizes = kept
+    return (*back(given), np.zeros(sizes.shape, jax.dtypes.float0), np.zeros((), jax.dtypes.float0))
+
+
+_mlp.defvjp(_mlp_forward, _mlp_backward)
+
+
+def _by_products(params: dict[str, Weight], cfg: config.Dense, rows: Float[Array, "R D"], sizes: Int[Array, "E"],
+                 first: Any) -> Float[Array, "R D"]:
+    """`_mlp` one product after the other."""
     group = grouped.groups_of(sizes, rows.shape[0]) if cfg.bias else None
 
     def project(rows: Array, name: str) -> Array:
@@ -74,9 +107,51 @@ def _mlp(params: dict[str, Weight], cfg: config.Dense, rows: Float[Array, "R D"]
 def _local(params: dict[str, Weight], cfg: config.Moe, x: Array, experts: Array, weights: Array, start: Any = 0,
            first: Any = True) -> Array:
     """`apply` for the experts that this device holds, from number `start` on."""
-    k, count = experts.shape[-1], params["up"].shape[0]
-    flat = experts.reshape(-1) - start
-    flat = jnp.where((flat >= 0) & (flat < count), flat, count)
+    first = jnp.asarray(first)
+    own = experts - start
+    own = jnp.where((own >= 0) & (own < params["up"].shape[0]), own, params["up"].shape[0])
+    if experts.size > FEW:
+        return _sorted(params, cfg, x, own, weights, first)
+    return _few(params, cfg, x, own, weights, first)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _few(params: dict[str, Weight], cfg: config.Moe, x: Array, experts: Array, weights: Array, first: Array) -> Array:
+    """`_sorted`; a CPU that needs no gradient takes so few pairs one after the other as they come."""
+    def paired(params: Any, x: Array, experts: Array, weights: Array, first: Array) -> Array:
+        tokens, flat, shares = x.reshape(-1, x.shape[-1]), experts.reshape(-1), weights.reshape(-1).astype(x.dtype)
+
+        def step(i: Array, out: Array) -> Array:
+            token = i // experts.shape[-1]
+            own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, flat[i], 0, keepdims=False), params)
+            made = _one(own, cfg.expert, jax.lax.dynamic_slice_in_dim(tokens, token, 1), first)
+            before = jax.lax.dynamic_slice_in_dim(out, token, 1)
+            added = jnp.where(flat[i] < params["up"].shape[0], before + shares[i] * made, before)
+            return jax.lax.dynamic_update_slice_in_dim(out, added, token, 0)
+
+        return jax.lax.fori_loop(0, flat.shape[0], step, jnp.zeros_like(tokens)).reshape(x.shape)
+
+    return jax.lax.platform_dependent(params, x, experts, weights, first, cpu=paired,
+                                      default=lambda params, *rest: _sorted(params, cfg, *rest))
+
+
+def _few_forward(params: Any, cfg: config.Moe, x: Array, experts: Array, weights: Array, first: Array) -> Any:
+    out, back = jax.vjp(lambda params, x, weights: _sorted(params, cfg, x, experts, weights, first), params, x, weights)
+    return out, (back, experts)
+
+
+def _few_backward(cfg: config.Moe, kept: Any, given: Array) -> Any:
+    back, experts = kept
+    params, x, weights = back(given)
+    return params, x, np.zeros(experts.shape, jax.dtypes.float0), weights, np.zeros((), jax.dtypes.float0)
+
+
+_few.defvjp(_few_forward, _few_backward)
+
+
+def _sorted(params: dict[str, Weight], cfg: config.Moe, x: Array, experts: Array, weights: Array, first: Array) -> Array:
+    """Pairs of a token and an expert sorted by expert, through it, and summed by token."""
+    k, count, flat = experts.shape[-1], params["up"].shape[0], experts.reshape(-1)
     order = jnp.argsort(flat)
     sizes = jnp.bincount(flat, length=count).astype(jnp.int32)
     made = _mlp(params, cfg.expert, jnp.take(x.reshape(-1, x.shape[-1]), order // k, axis=0), sizes, first)
@@ -108,7 +183,7 @@ def _travelling(params: dict[str, Weight], x: Array, experts: Array, weights: Ar
     place = jnp.arange(pairs) - (jnp.cumsum(counts) - counts)[jnp.minimum(there, parts - 1)]  # among those that go there
     room = min(pairs, max(math.ceil(SLACK * pairs / parts), 1))
     rounds = -(-pairs // room)
-    first = jax.lax.axis_index("model") == 0 if model else True
+    first = jax.lax.axis_index("model") == 0 if model else jnp.asarray(True)
 
     @jax.checkpoint
     def go(out: Array, params: dict[str, Weight], tokens: Array, share: Array, lap: Array) -> Array:

@@ -27,6 +27,7 @@ from jaxlm.weight import Int8, Weight
 
 TILE = 256  # rows at most in a tile on CPUs: the copy of a group's matrix is then a small part of the product
 LANES = 128  # of a TPU's vectors
+VMEM = 12 << 20  # bytes that a kernel's tiles, each there twice, may take: TPU compilers allow 16 MiB unless told otherwise
 
 
 def groups_of(sizes: Int[Array, "E"], rows: int) -> Int[Array, "R"]:
@@ -83,6 +84,24 @@ def _looped(rows: Array, weight: Weight, sizes: Array, transposed: bool) -> Arra
     return _zero_tail(out[:rows.shape[0]], sizes)
 
 
+def each(one: Callable[[Any, Array, Array], Array], weights: Any, rows: Float[Array, "R D"],
+         sizes: Int[Array, "E"]) -> Float[Array, "R D"]:
+    """Any function of a group's weights, some of its rows and its number, tile by tile; for CPUs and without gradients.
+
+    Args:
+      weights: trees of arrays with a leading axis of groups.
+    """
+    tile = _tile(rows.shape[0], sizes.shape[0])
+    count, group, start, _ = _tiles(rows.shape[0], sizes, tile)
+    padded = jnp.concatenate([rows, jnp.zeros((tile, rows.shape[1]), rows.dtype)])
+
+    def step(i: Array, out: Array) -> Array:
+        made = one(_at(weights, group[i]), jax.lax.dynamic_slice_in_dim(padded, start[i], tile), group[i])
+        return jax.lax.dynamic_update_slice_in_dim(out, made, start[i], 0)
+
+    return _zero_tail(jax.lax.fori_loop(0, count, step, jnp.zeros_like(padded))[:rows.shape[0]], sizes)
+
+
 def _plain(weight: Weight, dtype: Any) -> Array:
     return weight.values.astype(dtype) * weight.scale.astype(dtype) if isinstance(weight, Int8) else weight.astype(dtype)
 
@@ -104,17 +123,16 @@ def _looped_outer(rows: Array, given: Array, sizes: Array) -> Array:
 
 # On TPUs.
 
-def _tiling(rows: int, groups: int, inner: int, outer: int) -> tuple[int, int, int]:
-    """Megablox's tiles of rows, of what is summed and of what comes out. Tiles of rows at the edges of groups are computed
-    for both groups: they are kept to half an even share of the rows."""
-    share = rows // groups // 2
-    tall = max(min(2 ** int(math.log2(max(share, 1))), 512), 16)
+def _near(size: int, most: int) -> int:
+    """The widest tile up to `most` that pads the least."""
+    return min(range(LANES, most + 1, LANES), key=lambda tile: (-(-size // tile) * tile, -tile))
 
-    def wide(size: int) -> int:
-        padded = -(-size // LANES) * LANES
-        return next(tile for tile in (1024, 896, 768, 640, 512, 384, 256, 128) if padded % tile == 0)
-    return tall, wide(inner), wide(outer)
 
+def _tall(rows: int, groups: int) -> int:
+    """Rows in a tile. One at the edge of two groups is computed for both, which wastes a tile a group: a quarter of an even
+    share, but no less than the rows that a matrix unit takes in the time that it needs for its weights."""
+    even = 2 ** int(math.log2(max(rows / groups / 4, 1)))
+    return min(max(even, LANES), 512, -(-rows // 16) * 16)
 
 
 def _tiling(rows: int, groups: int, inner: int, outer: int, nbytes: int) -> tuple[int, int, int]:
@@ -138,7 +156,7 @@ def _megablox(rows: Array, weight: Weight, sizes: Array, transposed: bool, inter
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     count, (inner, outer) = rows.shape[0], rows.shape[1:] + (weight.shape[1 if transposed else 2],)
-    tiling = _tiling(count, sizes.shape[0], inner, outer)
+    tiling = _tiling(count, sizes.shape[0], inner, outer, rows.dtype.itemsize)
     padded = jnp.pad(rows, ((0, -count % tiling[0]), (0, 0)))
     scale = None
     if isinstance(weight, Int8):
@@ -153,7 +171,8 @@ def _megablox(rows: Array, weight: Weight, sizes: Array, transposed: bool, inter
 def _megablox_outer(rows: Array, given: Array, sizes: Array, interpret: bool = False) -> Array:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    tiling = _tiling(rows.shape[0], sizes.shape[0], rows.shape[1], given.shape[1])
+    # A group's sums stay in place while its rows pass: the wider these tiles, the less often rows are read again.
+    tiling = (_tall(rows.shape[0], sizes.shape[0]), _near(rows.shape[1], 512), _near(given.shape[1], 1024))
     left, right = (jnp.pad(x, ((0, -x.shape[0] % tiling[0]), (0, 0))) for x in (rows, given))
     with jax.numpy_dtype_promotion("standard"):  # its bookkeeping mixes booleans and integers
         return tgmm(left.T, right, sizes, rows.dtype, tiling, interpret=interpret)

@@ -26,10 +26,11 @@ from jaxlm.objectives.infilling import CausalSpans, FillInTheMiddle
 from jaxlm.objectives.joint import Joint, Reversed
 from jaxlm.objectives.masked import MaskedLM
 from jaxlm.objectives.matching import Matching
+from jaxlm.objectives.routing import RoutingLoss
 from jaxlm.objectives.source_target import SourceTarget
 from jaxlm.objectives.spans import SpanCorruption, ul2
 
 __all__ = ["AsPrefix", "AsText", "CausalLM", "CausalSpans", "Cloze", "Contrastive", "DualGeneration", "DupMae", "E2S2",
            "Electra", "Example", "FillInTheMiddle", "IdentifierTagging", "Joint", "Loss", "MaskedIdentifiers", "MaskedLM",
-           "Matching", "Mixture", "Mode", "Momentum", "Objective", "Pair", "PrefixLM", "Reversed", "Schedule", "SourceTarget",
-           "SpanCorruption", "Text", "Texts", "as_text", "classify", "cross_entropy", "sharing", "told", "ul2"]
+           "Matching", "Mixture", "Mode", "Momentum", "Objective", "Pair", "PrefixLM", "Reversed", "RoutingLoss", "Schedule",
+           "SourceTarget", "SpanCorruption", "Text", "Texts", "as_text", "classify", "cross_entropy", "sharing", "told", "ul2"]

@@ -16,6 +16,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.objectives import pair as pairs
 from jaxlm.objectives import text
 from jaxlm.objectives.cross_entropy import Loss
+from jaxlm.objectives.routing import RoutingLoss
 from jaxlm.params import Spec
 
 Ids = Int[np.ndarray, " n"]
@@ -114,15 +115,16 @@ class Objective:
 
     def loss(self, params: PyTree, cfg: config.Config, batch: Mapping[str, Array], key: Key[Array, ""], carry: PyTree, *,
              sizes: Int[np.ndarray, " V"] | None = None, prefixes: bool = False, smoothing: float = 0.0, z: float = 0.0,
-             dtype: Any = None, remat: Any = None) -> tuple[Loss, PyTree]:
+             dtype: Any = None, remat: Any = None, routing: RoutingLoss | None = None) -> tuple[Loss, PyTree]:
         """The summed loss of a batch, and what the next one is given as `carry`.
 
         Args:
           batch: as `jaxlm.data.stream.Batches` makes it.
           key: for whatever is drawn: of a step and, of a batch that is taken in pieces, of the piece.
           sizes, prefixes, smoothing, z, dtype, remat: as `jaxlm.objectives.text.loss` takes them.
+          routing: as that takes it too; only to be given where this method is not overridden.
         """
-        given = {"sizes": sizes, "smoothing": smoothing, "z": z, "dtype": dtype, "remat": remat}
+        given = {"sizes": sizes, "smoothing": smoothing, "z": z, "dtype": dtype, "remat": remat, "routing": routing}
         if isinstance(cfg, config.EncoderDecoder):
             return pairs.loss(params, cfg, batch, **given), carry
         return text.loss(params, cfg, batch, prefixes=prefixes, **given), carry

@@ -10,6 +10,8 @@ from jaxtyping import Array, Int, PyTree
 from jaxlm import config, model
 from jaxlm.objectives import text
 from jaxlm.objectives.cross_entropy import Loss
+from jaxlm.objectives.routing import RoutingLoss
+from jaxlm.objectives.routing import add as with_routing
 
 
 def check(name: str, makes: str) -> None:
@@ -37,16 +39,18 @@ def shifted(targets: Int[Array, "B T"], segments: Int[Array, "B T"], start: int)
 
 
 def loss(params: PyTree, cfg: config.EncoderDecoder, batch: Mapping[str, Array], *, sizes: Int[np.ndarray, "V"] | None = None,
-         piece: int = 256, smoothing: float = 0.0, z: float = 0.0, dtype: Any = None, remat: Any = None) -> Loss:
+         piece: int = 256, smoothing: float = 0.0, z: float = 0.0, dtype: Any = None, remat: Any = None,
+         routing: RoutingLoss | None = None) -> Loss:
     """The summed loss of a batch of pairs. Each text of the decoder begins with the last of the model's start tokens.
 
     Args:
       batch: as `jaxlm.data.stream.Batches` makes it: inputs and input_segments [B, N], targets, weights and segments [B, T].
-      sizes, piece, smoothing, z, dtype, remat: as `jaxlm.objectives.text.loss` takes them, as what is returned.
+      sizes, piece, smoothing, z, dtype, remat, routing: as `jaxlm.objectives.text.loss` takes them, as what is returned.
     """
     if dtype is not None:
         params = model.cast(params, cfg, dtype)
     memory = model.encode(params, cfg, batch["inputs"], segments=batch["input_segments"], dtype=dtype, remat=remat)
     tokens = shifted(batch["targets"], batch["segments"], cfg.start[-1])
     out = model.forward(params, cfg, tokens, segments=batch["segments"], memory=memory, logits=False, dtype=dtype, remat=remat)
-    return text.asked(params["decoder"], cfg.decoder, out.last, batch, sizes=sizes, piece=piece, smoothing=smoothing, z=z)
+    found = text.asked(params["decoder"], cfg.decoder, out.last, batch, sizes=sizes, piece=piece, smoothing=smoothing, z=z)
+    return with_routing(found, {"encoder": memory.routing, "decoder": out.routing}, routing, params)

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxlm import config, model
 from jaxlm.layers import embed
 from jaxlm.objectives.cross_entropy import Loss, cross_entropy
+from jaxlm.objectives.routing import RoutingLoss
+from jaxlm.objectives.routing import add as with_routing
 
 
 def check(name: str, makes: str, labels: int | None, cfg: config.Decoder | config.Encoder) -> None:
@@ -45,7 +47,7 @@ def check(name: str, makes: str, labels: int | None, cfg: config.Decoder | confi
 
 def loss(params: PyTree, cfg: config.Decoder | config.Encoder, batch: Mapping[str, Array], *,
          sizes: Int[np.ndarray, "V"] | None = None, prefixes: bool = False, piece: int = 256, smoothing: float = 0.0,
-         z: float = 0.0, dtype: Any = None, remat: Any = None) -> Loss:
+         z: float = 0.0, dtype: Any = None, remat: Any = None, routing: RoutingLoss | None = None) -> Loss:
     """The summed loss of a batch of texts.
 
     Args:
@@ -56,16 +58,19 @@ def loss(params: PyTree, cfg: config.Decoder | config.Encoder, batch: Mapping[st
       piece, smoothing, z: as `cross_entropy` takes them.
       dtype: of the computation; default that of the weights.
       remat: see `jaxlm.stack.apply`.
+      routing: losses of the routers of mixtures of experts, beside.
 
     Returns:
-      aux: as `cross_entropy`, and "bytes", those of the tokens asked, where tokens are asked.
+      aux: as `cross_entropy`, and "bytes", those of the tokens asked, where tokens are asked; of routers as
+        `jaxlm.objectives.routing.add` has it.
     """
     if dtype is not None:
         params = model.cast(params, cfg, dtype)
     out = model.forward(params, cfg, batch["tokens"], segments=batch["segments"], prefix=batch["prefix"] if prefixes else None,
                         logits=False, dtype=dtype, remat=remat)
-    tree = params["decoder" if isinstance(cfg, config.Decoder) else "encoder"]
-    return asked(tree, cfg, out.last, batch, sizes=sizes, piece=piece, smoothing=smoothing, z=z)
+    side = "decoder" if isinstance(cfg, config.Decoder) else "encoder"
+    found = asked(params[side], cfg, out.last, batch, sizes=sizes, piece=piece, smoothing=smoothing, z=z)
+    return with_routing(found, {side: out.routing}, routing, params)
 
 
 def asked(tree: PyTree, cfg: config.Decoder | config.Encoder, last: Float[Array, "B T D"], batch: Mapping[str, Array], *,

@@ -106,6 +106,8 @@ class Optimizer:
       multipliers: (pattern, factor of the learning rate, above 0); later ones overrule. Weight decay goes by the schedule
         alone, so all weights forget old updates at the same pace (Wang & Aitchison 2024, https://arxiv.org/abs/2405.13698).
       freeze: what stays as it is for the first steps only; None for nothing.
+      correction: how far a router's corrections (`jaxlm.config.TopK.correction`) move in a step, towards an even load; in
+        DeepSeek-V3 0.001, and 0 for the last of its tokens. They know no moments, decay or learning rate.
     """
 
     kind: AdamW | Lion | Adafactor | Muon
@@ -115,6 +117,7 @@ class Optimizer:
     frozen: tuple[str, ...] = ()
     multipliers: tuple[tuple[str, float], ...] = ()
     freeze: Freeze | None = None
+    correction: float = 1e-3
 
     def transform(self, spec: Spec) -> optax.GradientTransformation:
         """The optax transformation for weights of this spec.
@@ -152,8 +155,14 @@ class Optimizer:
             # Of the gradient, for the norm that is clipped; of the update, for the decay.
             stays = _zero_before(self.freeze.steps, set(held))
             parts = [stays, *parts, stays]
-        labels = _tree(spec, {path: "frozen" if path in frozen else "trained" for path in paths(spec)})
-        return optax.multi_transform({"trained": optax.chain(*parts), "frozen": optax.set_to_zero()}, labels)
+        kinds = {"trained": optax.chain(*parts), "frozen": optax.set_to_zero()}
+        named = {path: "frozen" if path in frozen else "trained" for path in paths(spec)}
+        corrections = [path for path in named if path.endswith("router/correction") and path not in frozen]
+        if corrections:
+            named |= dict.fromkeys(corrections, "correction")
+            kinds["correction"] = optax.stateless(lambda gradient, _: jax.tree.map(
+                lambda leaf: -self.correction * jnp.sign(leaf), gradient))
+        return optax.multi_transform(kinds, _tree(spec, named))
 
     def _decays(self, spec: Spec) -> dict[str, bool]:
         if self.decayed is not None:
