@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlm import block, config, model, params
 from jaxlm.cache import KeyValue
-from jaxlm.layers import attention, embed, feedforward, latent_attention, norm
+from jaxlm.layers import attention, embed, feedforward, latent_attention, moe, norm
 from jaxlm.layers.mask import Context, describe
 
 
@@ -65,6 +65,28 @@ class FeedForward(nn.Module):
         return feedforward.apply(_weights(self, feedforward.spec(self.cfg, x.shape[-1])), self.cfg, x)
 
 
+class Moe(nn.Module):
+    """`jaxlm.layers.moe`: a mixture of experts, with a router that needs no other layer's state."""
+
+    cfg: config.Moe
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"] | None = None,
+                 **known: Any) -> tuple[Float[Array, "B T D"], moe.Routing]:
+        """The layer's output, without the residual, and what the router did.
+
+        Args:
+          tokens: ids, which a `jaxlm.config.Hash` reads.
+          known: positions (-1 for padding), segments or lengths as `jaxlm.layers.mask.describe` takes them.
+
+        Raises:
+          ValueError: for a hash without tokens, and for a recurrent router.
+        """
+        context = describe((), *x.shape[:2], **known).replace(tokens=tokens)
+        return moe.apply(_weights(self, moe.spec(self.cfg, x.shape[-1])), self.cfg, x, context)[:2]
+
+
 class Embedding(nn.Module):
     """`jaxlm.layers.embed`: vectors of tokens."""
 
@@ -95,8 +117,8 @@ class Attention(nn.Module):
 
         Args:
           cached: committed keys and values, as `jaxlm.cache.KeyValue` has them of one layer, of which `length` count.
-          known: positions, segments, mask, length, total as `jaxlm.layers.mask.describe` takes them; `bias` and `source` as
-            `jaxlm.layers.mask.Context` has them.
+          known: positions, segments, mask, length, total as `jaxlm.layers.mask.describe` takes them; `bias`, `source` and
+            `tokens` (for a router that reads ids) as `jaxlm.layers.mask.Context` has them.
 
         Raises:
           ValueError: for `cached` without `length`, a relative bias that the stack holds without `bias`, and for the attention

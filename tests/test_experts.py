@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 
 import jaxlm.flax as doors
 from jaxlm import block, cache, config, model, params, sharding
+from jaxlm.layers import moe
 from jaxlm.weight import Int8
 from tests import oracle, tiny
 
@@ -55,7 +56,7 @@ def test_mixtures_on_both_sides_equal_numpy():
     np.testing.assert_allclose(got, oracle.encoder_decoder(weights, cfg, inputs, tokens), atol=3e-5)
 
 
-@pytest.mark.parametrize("name, unrolled", [("routers", False), ("groups", True)])
+@pytest.mark.parametrize("name, unrolled", [pytest.param("routers", False, marks=pytest.mark.slow), ("groups", True)])
 def test_a_text_in_calls_is_the_text_at_once(name, unrolled):
     """Routers that drop nothing: a prompt of ragged rows, then tokens one by one, four at a time."""
     cfg = tiny.EXPERTS[name]
@@ -96,6 +97,7 @@ def test_a_mesh_gives_the_same_logits(sizes, kind):
         assert leaf.addressable_shards[0].data.size * 8 // mesh.shape["data"] == leaf.size
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     cfg = tiny.decoder([tiny.block(feedforward=tiny.MOES["recurrent"])] * 2)
     weights, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(2, 5)
@@ -119,8 +121,9 @@ def test_a_prefix_that_ends_before_the_recurrent_router_runs_without_it():
     cfg = tiny.decoder([tiny.block(), tiny.block(feedforward=tiny.MOES["recurrent"])])
     weights, tokens = tiny.weights(model.spec(cfg)), tiny.tokens(1, 3)
     shorter, tree, _ = model.prefix(cfg, weights, cache.allocate(cfg.stack, 1, 4), 1)
-    got = model.forward(tree, shorter, tokens, logits=False, hidden=(1,)).hidden[0]
-    np.testing.assert_allclose(got, model.forward(weights, cfg, tokens, logits=False, hidden=(1,)).hidden[0], atol=1e-6)
+    states = tiny.jit(lambda *trees: [model.forward(tree, cfg, tokens, logits=False, hidden=(1,)).hidden[0]
+                                      for tree, cfg in zip(trees, (shorter, cfg), strict=True)])(tree, weights)
+    np.testing.assert_allclose(*states, atol=1e-6)
 
 
 DENSE = tiny.decoder([tiny.block()])
@@ -149,6 +152,18 @@ class TestFlax:
         np.testing.assert_allclose(got, want, atol=3e-5)
         module = doors.to_nnx(model.Model(cfg, weights))
         assert jax.tree.structure(module.weights()) == jax.tree.structure(weights)
+
+    def test_a_layer(self):
+        cfg = tiny.MOES["capacity"]
+        module, spec = doors.Moe(cfg), moe.spec(cfg, 16)
+        positions = np.where(np.arange(5)[None] < np.array([[5], [3]]), np.arange(5)[None], -1).astype(np.int32)
+        fresh = jax.eval_shape(module.init, jax.random.key(0), X)["params"]
+        assert jax.tree.map(lambda leaf: leaf.shape, fresh) == jax.tree.map(lambda param: param.shape, spec)
+        weights = tiny.weights(spec)
+        out, routing = tiny.jit(lambda w: module.apply({"params": w}, X, positions=positions))(weights)
+        want, did = oracle.moe(weights, cfg, np.asarray(X, np.float64), positions)
+        np.testing.assert_allclose(np.asarray(out)[positions >= 0], want[positions >= 0], atol=3e-5)
+        assert routing.dropped == did["dropped"] > 0
 
     @pytest.mark.parametrize("name", ["groups", "hash"])
     def test_a_block(self, name):

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,26 @@ def test_first_come_first_served_and_first_choices_before_second(capacity):
     experts = jnp.array([[[0, 1], [0, 1], [1, 0], [0, 1], [6, 6], [1, 2]]])
     kept = moe._kept(cfg, experts)[0].tolist()
     assert kept == [[True, False], [True, False], [True, False], [False, False], [False, False], [True, True]]
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_what_is_dropped_is_what_a_loop_drops(k):
+    """Any choices, padding anywhere, experts that nobody chooses."""
+    cfg = config.Moe(4, config.Dense(4), config.TopK(k), capacity=config.CapacityTokens(3))
+    kept = tiny.jit(lambda experts: moe._kept(cfg, experts))
+
+    @hypothesis.given(st.lists(st.one_of(st.just([4] * k), st.permutations(range(4)).map(lambda all: all[:k])),
+                               min_size=9, max_size=9))
+    def check(row):
+        want, taken = np.zeros((9, k), bool), [0] * 4
+        for choice in range(k):
+            for t, experts in enumerate(row):
+                if experts[choice] < 4 and taken[experts[choice]] < 3:
+                    taken[experts[choice]] += 1
+                    want[t, choice] = True
+        np.testing.assert_array_equal(kept(np.array([row], np.int32))[0], want)
+
+    check()
 
 
 GRADIENTS = ["groups", "capacity", "recurrent", "relu", "keys", "choice"]
