@@ -56,6 +56,8 @@ def absorbed(cfg: config.LatentAttention, tokens: int, slots: int) -> bool:
     expanded form is the cheaper, and with a long one it is for more than 170 tokens. Bytes speak for the absorbed form below
     that: it reads 576 numbers for each slot, the expanded form writes and reads 128 * 320 more.
     """
+    # One layer of DeepSeek-V2-Lite on two cores, expanded and absorbed, ms: 1 token over 4096 slots 215 and 5, 16: 251 and 35,
+    # 64: 293 and 138, 256: 737 and 656; 512 without a cache 170 and 260 (jax 0.10.2, float32).
     keys, made = tokens + slots, cfg.heads * cfg.latent * (cfg.key_width + cfg.value_width)
     return tokens * (made + keys * cfg.latent_pair) < keys * (made + tokens * cfg.pair)
 
