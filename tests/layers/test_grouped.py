@@ -76,6 +76,18 @@ def test_eight_bits(backend):
     assert np.all(error <= np.abs(np.asarray(rows)).sum(1, keepdims=True) * step / 2 + 1e-5) and error.max() > 1e-4
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eight_bits_of_any_sizes(backend, shape):
+    rows, groups = SHAPES[shape]
+    x, weight, _ = arrays(rows, groups)
+    small = quantize(weight, (1,))
+    product, definition = tiny.jit(lambda *a: grouped.product(*a)), tiny.jit(grouped.dense)
+    for sizes in ([0] * groups, [rows] + [0] * (groups - 1), [0] * (groups - 1) + [rows],
+                  np.random.default_rng(0).multinomial(rows - 1, [1 / groups] * groups)):
+        sizes = np.asarray(sizes, np.int32)
+        np.testing.assert_allclose(product(x, small, sizes), definition(x, dense(small), sizes), atol=1e-4)
+
+
 def test_eight_bits_get_no_gradient():
     rows, weight, _ = arrays(*SHAPES["several rows each"])
     sizes, small = jnp.array([5, 0, 11, 4], jnp.int32), quantize(weight, (1,))
