@@ -6,7 +6,8 @@ several ways to compute it, chosen by the platform that the program is compiled 
 - CPU: a loop over tiles of rows of one group, as many as there are: experts that no row goes to cost nothing. XLA's own
   `ragged_dot` multiplies every row with every group there.
 - TPU: megablox, which comes with jax: the gradients of `ragged_dot` are products with all groups under the libtpu that jax 0.10
-  and 0.11 pin, and so is the forward pass under that of 0.11.1.
+  and 0.11 pin, and so is the forward pass under that of 0.11.1. It knows no 8-bit weights: for those there is a kernel here,
+  so that they are read as 8 bits, and only those of groups that have rows.
 - else: `ragged_dot`.
 
 The gradients are written here, so that they too cost what the rows cost. `dense`, every row with every group, is the definition
@@ -158,14 +159,69 @@ def _megablox(rows: Array, weight: Weight, sizes: Array, transposed: bool, inter
     count, (inner, outer) = rows.shape[0], rows.shape[1:] + (weight.shape[1 if transposed else 2],)
     tiling = _tiling(count, sizes.shape[0], inner, outer, rows.dtype.itemsize)
     padded = jnp.pad(rows, ((0, -count % tiling[0]), (0, 0)))
-    scale = None
+    out = gmm(padded, weight.astype(rows.dtype), sizes, rows.dtype, tiling, transpose_rhs=transposed, interpret=interpret)
+    return _zero_tail(out[:count], sizes)
+
+
+def _int8(rows: Float[Array, "R D"], weight: Int8, sizes: Int[Array, "E"], interpret: bool = False) -> Float[Array, "R F"]:
+    """`product` with 8-bit weights: a kernel over tiles of rows that each have one group, whose weights it takes as they are.
+
+    Rows are laid out anew so that every group begins a tile. A group's weights are read once for all its tiles, which follow
+    each other, where a whole column of them fits; those of groups without rows are not read.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    count, (groups, inner, outer) = rows.shape[0], weight.values.shape
+    tall = min(_tall(count, groups), 2 ** max(int(math.log2(max(4 * count / groups, 1))), 5))
+    deep, wide = inner if inner <= 4096 else _near(inner, 2048), _near(outer, 1024)
+    while wide > LANES and 2 * deep * wide + 2 * rows.dtype.itemsize * tall * (deep + wide) + 4 * deep * wide > VMEM:
+        wide = _near(outer, wide - LANES)
+    steps = -(-inner // deep)
+    tiles = min(count, count // tall + groups)
+    active, group, start, stop = (array[:tiles] if array.ndim else array for array in _tiles(count, sizes, tall))
+    # Of tiles that are not there: the last one that is, so that nothing is read for them.
+    group = jnp.where(jnp.arange(tiles) < active, group, group[jnp.maximum(active - 1, 0)])
+    place = jnp.minimum(start[:, None] + jnp.arange(tall, dtype=start.dtype)[None], count - 1)
+    laid = jnp.pad(jnp.take(rows, place.reshape(-1), axis=0), ((0, 0), (0, steps * deep - inner)))
+    values = jnp.pad(weight.values, ((0, 0), (0, steps * deep - inner), (0, 0)))
+
+    def kernel(group: Any, active: Any, x: Any, w: Any, scale: Any, out: Any, total: Any) -> None:
+        step = pl.program_id(2)
+
+        @pl.when(pl.program_id(1) < active[0])
+        def _() -> None:
+            part = jax.lax.dot_general(x[...], w[...].astype(x.dtype), (((1,), (0,)), ((), ())),
+                                       preferred_element_type=jnp.float32)
+            total[...] = jnp.where(step == 0, part, total[...] + part)
+
+            @pl.when(step == steps - 1)
+            def _() -> None:
+                out[...] = (total[...] * scale[...].astype(jnp.float32)).astype(out.dtype)
+
+    made = pl.pallas_call(
+        kernel, out_shape=jax.ShapeDtypeStruct((tiles * tall, outer), rows.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2, grid=(-(-outer // wide), tiles, steps),
+            in_specs=[pl.BlockSpec((tall, deep), lambda n, t, k, group, active: (t, k)),
+                      pl.BlockSpec((None, deep, wide), lambda n, t, k, group, active: (group[t], k, n)),
+                      pl.BlockSpec((None, 1, wide), lambda n, t, k, group, active: (group[t], 0, n))],
+            out_specs=pl.BlockSpec((tall, wide), lambda n, t, k, group, active: (t, n)),
+            scratch_shapes=[pltpu.VMEM((tall, wide), jnp.float32)]),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        cost_estimate=pl.CostEstimate(flops=2 * count * inner * outer, transcendentals=0,
+                                      bytes_accessed=min(groups, count) * inner * outer + 2 * tiles * tall * (inner + outer)),
+        interpret=interpret)(group, active[None], laid, values, weight.scale)
+    first = jnp.cumsum(-(-sizes // tall)) - -(-sizes // tall)
+    mine = jnp.minimum(groups_of(sizes, count), groups - 1)
+    where = first[mine] * tall + jnp.arange(count, dtype=sizes.dtype) - (jnp.cumsum(sizes) - sizes)[mine]
+    return _zero_tail(jnp.take(made, where, axis=0, mode="clip"), sizes)
+
+
+def _on_tpu(rows: Array, weight: Weight, sizes: Array, transposed: bool, interpret: bool = False) -> Array:
     if isinstance(weight, Int8):
-        weight, scale = weight.values.astype(rows.dtype), weight.scale
-    out = gmm(padded, weight.astype(rows.dtype), sizes, rows.dtype, tiling, transpose_rhs=transposed,
-              interpret=interpret)[:count]
-    if scale is not None:
-        out = out * scale[jnp.minimum(groups_of(sizes, count), sizes.shape[0] - 1), 0].astype(out.dtype)
-    return _zero_tail(out, sizes)
+        return _int8(rows, weight, sizes, interpret)
+    return _megablox(rows, weight, sizes, transposed, interpret)
 
 
 def _megablox_outer(rows: Array, given: Array, sizes: Array, interpret: bool = False) -> Array:
@@ -196,7 +252,7 @@ def _by_platform(*args: Array, cpu: Callable[..., Array], tpu: Callable[..., Arr
 
 def _product(rows: Array, weight: Weight, sizes: Array, transposed: bool) -> Array:
     return _by_platform(rows, weight, sizes, cpu=partial(_looped, transposed=transposed),
-                        tpu=partial(_megablox, transposed=transposed), default=partial(_ragged, transposed=transposed))
+                        tpu=partial(_on_tpu, transposed=transposed), default=partial(_ragged, transposed=transposed))
 
 
 @jax.custom_vjp
