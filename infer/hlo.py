@@ -11,6 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from jaxlm.layers.exchange import LATER_ROUNDS
+
 HBM = 0  # the memory space of a shape without a mark; a TPU's others are on the chip
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
 # These only name or group buffers: no bytes move.
@@ -204,7 +206,8 @@ class Module:
 
     def run(self, computation: Computation, lengths: Lengths = None,
             times: int = 1) -> Iterator[tuple[Computation, Instruction, int]]:
-        """Every instruction that runs as one, those in loops and branches within too, and how often. All branches count.
+        """Every instruction that runs as one, those in loops and branches within too, and how often. All branches count, but
+        for the rounds in which a mixture of experts sends what an uneven load leaves over (`jaxlm.layers.exchange`).
 
         Args:
           lengths: how often the loops run whose length cannot be seen, by name.
@@ -214,6 +217,8 @@ class Module:
         """
         for one in computation.instructions.values():
             yield computation, one, times
+            if one.opcode in ("while", "conditional") and LATER_ROUNDS in one.rest:
+                continue
             if one.opcode == "while":
                 trips = self.trips(computation, one)
                 trips = (lengths or {}).get(one.name) if trips is None else trips
@@ -297,9 +302,20 @@ class Module:
 
 
 def traffic(module: Module, computation: Computation, lengths: Lengths = None) -> int:
-    """Bytes to and from HBM in one run of a computation: what its instructions read and write of the arrays that lie there."""
-    return sum(times * size for where, one, times in module.run(computation, lengths)
-               for shape, size in (*module.reads(where, one), *module.writes(where, one)) if shape.space == HBM)
+    """Bytes to and from HBM in one run of a computation: what its instructions read and write of the arrays that lie there, and
+    what kernels say of themselves."""
+    total = 0
+    for where, one, times in module.run(computation, lengths):
+        said = _estimate(one, "bytes_accessed")
+        total += times * (said if said is not None else sum(
+            size for shape, size in (*module.reads(where, one), *module.writes(where, one)) if shape.space == HBM))
+    return total
+
+
+def _estimate(one: Instruction, name: str) -> int | None:
+    """A number of a kernel's own estimate of its cost; None for what is no kernel or says nothing."""
+    found = re.search(rf'"cost_estimate":{{[^}}]*"{name}":"(\d+)"', one.rest) if one.opcode == "custom-call" else None
+    return None if found is None else int(found[1])
 
 
 def copies(module: Module, computation: Computation, sizes: set[int], lengths: Lengths = None) -> Counter[int]:
@@ -340,7 +356,7 @@ def collectives(module: Module, computation: Computation, lengths: Lengths = Non
 
 
 def flops(module: Module, computation: Computation, lengths: Lengths = None) -> int:
-    """FLOPs of the matrix products in one run of a computation, on one chip; kernels that XLA cannot look into have none."""
+    """FLOPs of the matrix products in one run of a computation, on one chip; of kernels what they say of themselves."""
     total = 0
     for where, one, times in module.run(computation, lengths):
         total += times * _product_flops(module, where, one)
@@ -357,7 +373,7 @@ def _product_flops(module: Module, where: Computation, one: Instruction) -> int:
         summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
         return 2 * one.shapes[0].size * math.prod(left[int(dim)] for dim in summed[1].split(",") if dim)
     if one.opcode != "convolution":
-        return 0
+        return _estimate(one, "flops") or 0
     # A TPU's products are convolutions. Their dimensions of space are those of a batch, where each place meets one of the
     # kernel's, unless the result has none of them left: those are summed over, as the features are.
     right, out = where.instructions[one.operands[1]].shapes[0].dims, one.shapes[0].dims
