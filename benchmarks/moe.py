@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/moe.py
 
 Three small shapes with random weights: Mixtral's (8 experts, top 2), OLMoE's (64, top 8), and 64 experts with top 4 beside a
-dense layer four times as wide as one of them. Every engine runs in a process of its own that sleeps while another is measured; they
-take turns job by job. Answers are greedy, float32, of a fixed number of new tokens. Printed: medians of seconds to the first
-token and of tokens per second (all rows together), ratios, and whether the texts are the same. Needs the extra `parity`.
+dense layer four times as wide as one of them. Every engine runs in a process of its own that sleeps while another is measured;
+they take turns job by job. Answers are greedy, float32, of a fixed number of new tokens. Printed: medians of seconds to the
+first token and of tokens per second (all rows together), ratios, and whether the texts are the same. Needs the extra `parity`.
 """
 
 import contextlib
