@@ -30,7 +30,7 @@ from rich.table import Table
 import jaxlm
 from infer import generate, machine, reference, session
 from jaxlm import model as models
-from jaxlm.config import EncoderDecoder
+from jaxlm.config import EncoderDecoder, dropless
 from jaxlm.decoding.generate import bucket, slots_for
 
 # Spec-Bench reports the eight kinds of MT-bench as one.
@@ -76,6 +76,7 @@ class Answer:
       histogram: how many of them gave 1, 2, ... tokens, all rows together; empty where unknown.
       sizes: {nodes of the verified tree: calls}.
       exact: what the rule keeps: "tokens", "distribution" or "lossy".
+      experts: how many experts of a layer a call touched, of all rows together; None where unknown or there are none.
     """
 
     tokens: list[list[int]]
@@ -86,6 +87,7 @@ class Answer:
     histogram: list[int]
     sizes: dict[int, int]
     exact: str = "tokens"
+    experts: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +168,8 @@ class Jaxlm:
             self._kept = speculation.state
         return Answer(tokens, seconds, result.seconds.decode, speculation.calls.tolist(), later,
                       speculation.emitted.sum(axis=0).tolist(),
-                      {nodes: int(calls.sum()) for nodes, calls in speculation.sizes.items()}, speculation.exact)
+                      {nodes: int(calls.sum()) for nodes, calls in speculation.sizes.items()}, speculation.exact,
+                      speculation.experts)
 
     def _shape(self, group: Group) -> tuple[int, ...]:
         """What is compiled for: rows, the prompts' bucket, the cache's slots."""
@@ -339,7 +342,7 @@ def first_difference(plain: Sequence[int], other: Sequence[int]) -> tuple[int, i
 
 def margin(model: jaxlm.Model, prompt: Sequence[int], written: Sequence[int], tokens: Sequence[int]) -> float:
     """How far the lowest of these tokens' logits is from the largest of all, after a prompt (a source) and what was written."""
-    memory, cfg = None, model.config
+    memory, cfg = None, dropless(model.config)
     with model.context():
         if isinstance(cfg, EncoderDecoder):
             memory = models.encode(model.params, cfg, jnp.asarray([prompt], jnp.int32))
@@ -404,6 +407,7 @@ def summarise(records: Sequence[Record], plain: Sequence[Record], call_seconds: 
                                     if a.decode and (later := sum(len(row) - 1 for row in a.tokens))),
         "ratio_to_plain": speed / tokens_per_s(plain),
         "tokens_per_call": emitted / calls if calls else None,
+        "experts_per_call": mean((a.experts, max(a.calls)) for a in answers if a.experts is not None and any(a.calls)),
         "share_of_bound": call_seconds * sum(max(a.calls) for a in answers) / decode if decode else None,
         "equal_to_plain": all(d.excused for d in differences) if checked else None,
         "equal_answers": sum(len(r.answer.tokens) for r in checked) - len(differences),
@@ -466,14 +470,16 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
                      *(f"{other['ratio_to_plain']:.2f}x  {_number(other['tokens_per_call'], '.2f')}" for other in others),
                      end_section=name == list(shown(rows[0]))[-2])
     whole = Table(title="all questions")
-    for heading in ("drafter", "tokens/s", "ratio", "decoding tokens/s", "tokens per call", "of the bound", "equal answers",
-                    "ties"):
+    touched = any(row["experts_per_call"] is not None for row in rows)
+    for heading in ("drafter", "tokens/s", "ratio", "decoding tokens/s", "tokens per call",
+                    *(("experts per call",) if touched else ()), "of the bound", "equal answers", "ties"):
         whole.add_column(heading, justify="left" if heading == "drafter" else "right")
     for row in rows:
         checked = row["equal_to_plain"] is not None
         whole.add_row(title(row["drafter"], row["state"]), _number(row["tokens_per_s"], ".1f"),
                       f"{row['ratio_to_plain']:.2f}x", _number(row["decode_tokens_per_s"], ".1f"),
-                      _number(row["tokens_per_call"], ".2f"), _number(row["share_of_bound"], ".0%"),
+                      _number(row["tokens_per_call"], ".2f"),
+                      *((_number(row["experts_per_call"], ".1f"),) if touched else ()), _number(row["share_of_bound"], ".0%"),
                       f"{row['equal_answers']} of {row['questions']}" if checked else "-",
                       str(sum(d["excused"] for d in row["differences"])) if checked else "-")
     return [each, whole]

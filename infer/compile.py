@@ -329,11 +329,16 @@ class Check:
             if (chip := cost.chip(device.device_kind)) is None:
                 raise ValueError(f"auto needs the bandwidth and FLOP/s of {device.device_kind!r}, which are known of "
                                  f"{', '.join(cost.CHIPS)} only")
-            sizes = cost.budgets([device], batch, 64 if tree is None else tree)
+            weights = self.weights(self.whole)
             cache = caching.spec(self.config.stack, batch, generate.bucket(self.arguments.length, 64), jnp.bfloat16)
             chips = self.mesh.size
             kept = (cache.layers, self._memory())
-            read = least_bytes(self.config, self.weights(self.whole), kept, chips) * chips
+            everything = least_bytes(self.config, weights, kept, chips) * chips
+
+            def read(tokens: int) -> float:
+                return everything - cost.unread(self.config, weights, tokens)
+
+            sizes = cost.budgets([device], batch, 64 if tree is None else tree, read)
             self.seconds = tuple(cost.roofline(chip, read, models.products(self.config), batch, sizes, chips=chips).tolist())
             made = drafters.automatic(sizes, self.seconds)
         elif name.startswith("layers:"):
@@ -388,7 +393,7 @@ class Check:
             axes = (None,) * leaf.ndim
             if leaf.ndim == len(caching.AXES):
                 axes = caching.AXES
-            elif leaf.shape[0] == self.arguments.batch:
+            elif leaf.ndim and leaf.shape[0] == self.arguments.batch:
                 axes = ("batch", None)[:leaf.ndim]
             return jax.sharding.NamedSharding(self.mesh, sharding.partition(axes, leaf.shape, self.mesh.shape))
         places = jax.tree.map(place, shapes) if compiled is None else compiled.output_shardings

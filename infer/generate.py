@@ -123,7 +123,8 @@ def statistics(result: jaxlm.Generation) -> str:
     parts = [f"{result.prompt_tokens[0]} tokens in {seconds.prefill:.2f} s",
              f"{len(result.tokens[0])} out at {result.tokens_per_s:.1f} tokens/s"]
     if speculation is not None:
-        parts.append(f"{speculation.tokens_per_call[0]:.2f} per call of the model")
+        touched = "" if speculation.experts is None else f" on {speculation.experts:.1f} experts"
+        parts.append(f"{speculation.tokens_per_call[0]:.2f} per call of the model{touched}")
         if speculation.exact == "lossy":
             parts.append("lossy")
     return ", ".join([*parts, f"{seconds.compile:.1f} s compiling"])
@@ -137,6 +138,7 @@ def speculated(result: jaxlm.Generation, drafter: str | None) -> dict[str, Any] 
         "drafter": drafter, "exact": result.speculation.exact, "calls": int(result.speculation.calls[0]),
         "tokens_per_call": float(result.speculation.tokens_per_call[0]), "emitted": result.speculation.emitted[0].tolist(),
         "sizes": {str(nodes): int(calls[0]) for nodes, calls in result.speculation.sizes.items()},
+        "experts": result.speculation.experts,
     }
 
 

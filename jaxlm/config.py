@@ -520,7 +520,8 @@ class Moe:
 
     `shared` is a layer that every token goes through beside; with `shared_gate` its output is multiplied by the sigmoid of a
     product of x (Qwen2-MoE). With a `capacity` an expert takes the first of a row's tokens that choose it, up to that, and
-    drops the others: text then depends on how it is cut into calls. None drops nothing.
+    drops the others: text then depends on how it is cut into calls, so generation and scores leave a decoder's out
+    (`dropless`). None drops nothing.
     """
 
     experts: int
@@ -866,6 +867,21 @@ class EncoderDecoder:
 
 
 Config = Decoder | Encoder | EncoderDecoder
+
+
+def dropless(cfg: Config) -> Config:
+    """The same config without `Moe.capacity`, so that no expert drops a token. Of an encoder-decoder the decoder's alone: the
+    encoder reads its source in one call in any case."""
+    if isinstance(cfg, EncoderDecoder):
+        return dataclasses.replace(cfg, decoder=dropless(cfg.decoder))
+
+    def kept(block: Block) -> Block:
+        if not isinstance(block.feedforward, Moe):
+            return block
+        return dataclasses.replace(block, feedforward=dataclasses.replace(block.feedforward, capacity=None))
+
+    groups = tuple(dataclasses.replace(group, pattern=tuple(map(kept, group.pattern))) for group in cfg.stack.groups)
+    return dataclasses.replace(cfg, stack=Stack(groups))
 
 
 TYPES: dict[str, type] = {cls.__name__: cls for cls in (

@@ -27,6 +27,7 @@ from jaxlm.decoding.speculative import loop as speculation
 from jaxlm.decoding.speculative.drafters.base import Drafter, Source, Start
 from jaxlm.decoding.speculative.tree import Template
 from jaxlm.decoding.speculative.verify import Rule
+from jaxlm.layers import moe
 from jaxlm.model import Model
 
 _LARGEST = 1e30  # of temperatures, penalties and biases: larger ones may overflow in float32
@@ -43,17 +44,33 @@ class Forward:
 
     @classmethod
     def of(cls, cfg: config.Config, dtype: Any) -> "Forward":
-        """Of a decoder, or an encoder-decoder's."""
-        return cls(cfg.decoder, dtype, cfg) if isinstance(cfg, config.EncoderDecoder) else cls(cfg, dtype)
+        """Of a decoder, or an encoder-decoder's. Its experts drop nothing: a text must not depend on how it is cut into calls.
+
+        Raises:
+          ValueError: for a decoder whose experts choose tokens.
+        """
+        cfg = config.dropless(cfg)
+        made = cls(cfg.decoder, dtype, cfg) if isinstance(cfg, config.EncoderDecoder) else cls(cfg, dtype)
+        for layer, block in enumerate(made.config.stack.blocks()):
+            if isinstance(block.feedforward, config.Moe) and isinstance(block.feedforward.router, config.ExpertChoice):
+                raise ValueError(f"block {layer} of the decoder has the router ExpertChoice: its experts choose among all the "
+                                 "tokens of a text, so what comes of one depends on later ones and no text can be generated "
+                                 "or scored; a decoder needs a router by which tokens choose, such as TopK")
+        return made
 
     def __call__(self, params: PyTree, tokens: Int[Array, "B P"], cache: caching.Cache,
                  positions: Int[Array, "B P"] | None = None,
                  mask: Bool[Array, "B P P"] | None = None) -> tuple[Float[Array, "B P V"], PyTree]:
         """Logits after each of the P tokens and their keys and values; positions and mask are a tree's."""
+        return self.verify(params, tokens, cache, positions, mask)[:2]
+
+    def verify(self, params: PyTree, tokens: Int[Array, "B P"], cache: caching.Cache, positions: Int[Array, "B P"] | None,
+               mask: Bool[Array, "B P P"] | None) -> tuple[Float[Array, "B P V"], PyTree, Float[Array, ""]]:
+        """The same, and how many experts the tokens went to."""
         # Scalings that depend on how long the text is see what plain decoding would: up to the token itself.
         out = model.forward(params, self.config, tokens, positions=positions, mask=mask, cache=cache, dtype=self.dtype,
                             context=cache.length + 1)
-        return out.logits, out.kv
+        return out.logits, out.kv, moe.touched(out.routing)
 
 
 def bucket(length: int, smallest: int = 16) -> int:
@@ -144,7 +161,7 @@ def _run(step: Forward, params: PyTree, state: loop.State | speculation.State, r
          drafter: Drafter | None = None, rule: Rule | None = None, types: Types = ()) -> loop.State | speculation.State:
     if drafter is None:
         return loop.run(step, params, state, request, steps)
-    return speculation.run(step, rule, drafter, params, state, request, steps)
+    return speculation.run(step.verify, rule, drafter, params, state, request, steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +185,8 @@ class Speculation:
       exact: "tokens" where the rule gives plain decoding's tokens, "distribution" where it draws from the same distribution,
         "lossy" where neither holds.
       state: what the drafter keeps for a later request: `generate(..., drafter_state=...)`.
+      experts: how many experts of a layer a call touched, with the nodes of all rows together: the mean over calls and the
+        layers that have some; 0 without calls, None where the model has no mixture of experts.
     """
 
     calls: np.ndarray
@@ -175,6 +194,7 @@ class Speculation:
     sizes: dict[int, np.ndarray]
     exact: str
     state: PyTree
+    experts: float | None = None
 
     @property
     def tokens_per_call(self) -> np.ndarray:
@@ -493,6 +513,7 @@ class _Job:
                  drafter: Any, rule: Any, tree: Any, drafter_state: Any, start: Any, prefix: Any):
         cfg = model.decoder
         self.model, (self.rows, self.sources) = model, started(model, prompts, start)
+        Forward.of(model.config, None)  # before anything is measured
         batch, vocabulary = len(self.rows), cfg.embedding.vocabulary
         try:
             limits = np.asarray(max_new_tokens)
@@ -636,8 +657,11 @@ class _Job:
         if self.drafter is None:
             return None
         emitted, sizes = np.asarray(state.emitted), np.asarray(state.sizes)
+        experts = None
+        if any(isinstance(block.feedforward, config.Moe) for block in self.model.decoder.stack.blocks()):
+            experts = float(state.experts) / max(int(emitted.sum(axis=1).max()), 1)  # the longest row is in every call
         return Speculation(emitted.sum(axis=1), emitted, dict(zip(self.drafter.sizes, sizes.T, strict=True)), self.rule.exact,
-                           self.drafter.keep(state.drafter))
+                           self.drafter.keep(state.drafter), experts)
 
 
 def _check_kept(drafter: Drafter, kept: PyTree, vocabulary: int) -> None:
@@ -746,7 +770,7 @@ def generate(model: Model, prompts: Any, max_new_tokens: Any = 128, *, temperatu
       segment: steps of the loop between two looks of the host; only with `on_text`.
 
     Raises:
-      ValueError: for bad input, named; or when logits are not finite.
+      ValueError: for bad input, named; when logits are not finite; or for a decoder whose experts choose tokens.
     """
     if on_text is not None and model.tokenizer is None:
         raise ValueError("streaming text needs a tokenizer, the model has none")

@@ -12,7 +12,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxlm import config
 from jaxlm.layers import exchange, feedforward, router
@@ -65,20 +65,35 @@ def spec(cfg: config.Moe, width: int) -> dict[str, Any]:
     return tree
 
 
+def chosen(cfg: config.Moe) -> int:
+    """How many experts a token goes to (where experts choose: on average)."""
+    match cfg.router.choice if isinstance(cfg.router, config.Recurrent) else cfg.router:
+        case config.TopK(k=k) | config.Hash(k=k) | config.AverageKey(k=k):
+            return k
+        case config.ExpertChoice(capacity=capacity):
+            return min(capacity, cfg.experts)
+        case config.ReluNorm():
+            return cfg.experts
+
+
+def touched(routing: PyTree) -> Float[Array, ""]:
+    """How many experts of a layer some token went to, the mean over the layers that have a router; 0 without one.
+
+    Args:
+      routing: as `jaxlm.stack.Result` has it.
+    """
+    layers = jax.tree.leaves(routing, is_leaf=lambda node: isinstance(node, Routing))
+    counts = [jnp.sum(one.load > 0, axis=-1, dtype=jnp.float32) for one in layers]
+    return jnp.mean(jnp.concatenate(counts)) if counts else jnp.zeros(())
+
+
 def products(cfg: config.Moe, width: int) -> int:
     """How many weights take part in the products of a token: the router's, those of the experts that it goes to (where experts
     choose: on average), and those of the layer that all go through."""
     tree = spec(cfg, width)
-    match cfg.router.choice if isinstance(cfg.router, config.Recurrent) else cfg.router:
-        case config.TopK(k=k) | config.Hash(k=k) | config.AverageKey(k=k):
-            chosen = k
-        case config.ExpertChoice(capacity=capacity):
-            chosen = min(capacity, cfg.experts)
-        case config.ReluNorm():
-            chosen = cfg.experts
     keys = width * cfg.experts if isinstance(cfg.router, config.AverageKey) else 0
     experts = tree.pop("experts")
-    return matrix_size(tree) + keys + round(matrix_size(experts) * chosen / cfg.experts)
+    return matrix_size(tree) + keys + round(matrix_size(experts) * chosen(cfg) / cfg.experts)
 
 
 def apply(params: dict[str, Any], cfg: config.Moe, x: Float[Array, "B T D"], context: Context,

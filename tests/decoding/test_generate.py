@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
-from jaxlm import generate, model, score, sharding, weight
+from jaxlm import beam_search, config, generate, model, params, score, sharding, weight
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.decoding import loop
 from jaxlm.decoding.generate import Forward, _prefill, _run, bucket
@@ -560,6 +560,25 @@ def test_bad_input_is_named(arguments, message):
     arguments = {name: value() if getattr(value, "__name__", "") == "<lambda>" else value for name, value in arguments.items()}
     with pytest.raises(ValueError, match=message):
         generate(weak(), **{"prompts": ["a", "b"], "max_new_tokens": 4} | arguments)
+
+
+@pytest.mark.parametrize("ask", [generate, score, beam_search])
+def test_experts_that_choose_among_later_tokens_are_refused(ask):
+    cfg = stubs.decoder(tiny.block(), tiny.block(feedforward=tiny.MOES["choice"]), length=256)
+    lm = Model(cfg, params.abstract(model.spec(cfg), jnp.float32))
+    with pytest.raises(ValueError, match=r"block 1 of the decoder has the router ExpertChoice: .* such as TopK"):
+        ask(lm, [[1, 2]])
+
+
+def test_capacities_are_left_out_of_decoders_alone():
+    sides = dataclasses.replace(tiny.EXPERT_SIDES, encoder=tiny.encoder(
+        [tiny.block(feedforward=tiny.MOES["capacity"], causal=False)]), decoder=tiny.decoder(
+        [tiny.block(cross=tiny.cross(), feedforward=tiny.MOES["switch"]), tiny.block()]))
+    step = Forward.of(sides, None)
+    assert step.whole.encoder == sides.encoder and step.whole.decoder == step.config
+    kept = dataclasses.replace(tiny.MOES["switch"], capacity=None)
+    assert [block.feedforward for block in step.config.stack.blocks()] == [kept, tiny.block().feedforward]
+    assert config.dropless(stubs.DECODERS["experts"]) == stubs.DECODERS["experts"]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

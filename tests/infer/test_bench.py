@@ -34,8 +34,9 @@ def group(category, *ids, prompt=(1, 2)):
     return bench.Group(tuple(bench.Question(i, category, "", True) for i in ids), (prompt,) * len(ids), tuple(range(len(ids))))
 
 
-def record(category, tokens, seconds, decode, calls, histogram, sizes, differences=()):
-    answer = bench.Answer([list(range(n)) for n in tokens], seconds, decode, calls, [n - 1 for n in tokens], histogram, sizes)
+def record(category, tokens, seconds, decode, calls, histogram, sizes, differences=(), experts=None):
+    answer = bench.Answer([list(range(n)) for n in tokens], seconds, decode, calls, [n - 1 for n in tokens], histogram, sizes,
+                          experts=experts)
     return bench.Record(group(category, *map(str, range(len(tokens)))), answer, differences)
 
 
@@ -113,11 +114,25 @@ def test_a_batch_counts_its_rows():
     assert found["questions"] == 3
 
 
+def test_experts_are_counted_by_call_and_shown_where_there_are_some():
+    plain = [record("qa", [9, 5], 1.0, 0.5, [8, 4], [12], {1: 12})] * 2
+    fast = [record("qa", [9, 5], 0.5, 0.2, [4, 2], [6], {4: 6}, experts=10.0),
+            record("qa", [9, 5], 0.5, 0.2, [8, 4], [12], {4: 12}, experts=4.0)]
+    assert bench.summarise(fast, plain, 0.1)["experts_per_call"] == pytest.approx((4 * 10 + 8 * 4) / 12)
+    assert bench.summarise(plain, plain, 0.1)["experts_per_call"] is None
+    engines = [Fake("none", 1.0, []), Fake("fast", 1.0, [])]
+    for records, shown in ((fast, ["-", "6.0"]), (plain, None)):
+        _, whole = bench.tables(bench.report(engines, dict(zip(engines, (plain, records), strict=True)), 0.1))
+        columns = {column.header: list(column.cells) for column in whole.columns}
+        assert columns.get("experts per call") == shown and columns["ties"] == ["0", "0"]
+
+
 def test_answers_of_one_token_have_no_decoding():
-    plain, fast = (record("qa", [1], seconds, 0.0, [0], [0], {1: 0}) for seconds in (1.0, 0.5))
+    plain, fast = (record("qa", [1], seconds, 0.0, [0], [0], {1: 0}, experts=0.0) for seconds in (1.0, 0.5))
     found = bench.summarise([fast] * 2, [plain] * 2, 0.1)
     assert found["tokens_per_s"] == 2 and found["ratio_to_plain"] == 2
     assert found["decode_tokens_per_s"] is found["tokens_per_call"] is found["share_of_bound"] is None
+    assert found["experts_per_call"] is None
 
 
 def test_only_ties_are_excused():

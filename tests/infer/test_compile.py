@@ -143,6 +143,21 @@ def config():
     assert long[0] - short[0] == pytest.approx(read / cost.CHIPS["TPU v5 lite"].bandwidth, rel=1e-3)
 
 
+def test_auto_counts_the_experts_that_a_tree_touches(tmp_path):
+    path = tmp_path / "mixture.py"
+    path.write_text("""
+from jaxlm.config import *
+def config():
+    block = Block(Attention(8, 4, 64), Moe(64, Dense(640), TopK(4)), PreNorm(RmsNorm()))
+    return Decoder(384, Embedding(1280), stack_of([block] * 3), RmsNorm(), Head(True), 4096)
+""")
+    check = program.Check(program.Arguments(path, "v5e:1x1", 1, 256, drafter="auto"))
+    assert check.drafter.sizes == (1, 2, 4)
+    # Of the second node's four experts the first has some already.
+    read = 3 * 3 * 384 * 640 * 2 * (4 * 60 / 64)
+    assert check.seconds[1] - check.seconds[0] == pytest.approx(read / cost.CHIPS["TPU v5 lite"].bandwidth)
+
+
 @pytest.mark.parametrize("drafter", ["none", "recycling"])
 def test_too_little_memory_is_a_result(tmp_path, drafter):
     path = tmp_path / "huge.py"

@@ -146,7 +146,10 @@ def test_statistics_name_speculation_and_its_loss(directory):
     result = jaxlm.generate(loaded, ["ab"], 8, drafter="lookup")
     assert "per call" not in generate.statistics(plain)
     assert f"{result.speculation.tokens_per_call[0]:.2f} per call" in generate.statistics(result)
-    assert "lossy" not in generate.statistics(result)
+    assert "lossy" not in generate.statistics(result) and "experts" not in generate.statistics(result)
+    mixed = dataclasses.replace(result, speculation=dataclasses.replace(result.speculation, experts=5.25))
+    assert "per call of the model on 5.2 experts" in generate.statistics(mixed)
+    assert generate.speculated(mixed, "lookup")["experts"] == 5.25
     lossy = dataclasses.replace(result, speculation=dataclasses.replace(result.speculation, exact="lossy"))
     assert "lossy" in generate.statistics(lossy)
 

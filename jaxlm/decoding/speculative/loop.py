@@ -19,7 +19,7 @@ from jaxlm.decoding.speculative.tree import Tree
 from jaxlm.decoding.speculative.verify import Rule, walk
 
 Step = Callable[[PyTree, Int[Array, "B P"], Cache, Int[Array, "B P"], Bool[Array, "B P P"]],
-                tuple[Float[Array, "B P V"], PyTree]]
+                tuple[Float[Array, "B P V"], PyTree, Float[Array, ""]]]
 
 
 @flax.struct.dataclass
@@ -32,6 +32,7 @@ class State:
       drafter: the drafter's own.
       emitted: int32 [B, D + 1], calls of the target that gave 1, 2, ... D + 1 tokens.
       sizes: int32 [B, n], calls that verified each of the drafter's sizes of tree.
+      experts: float32, the sum over calls of how many experts each touched (`jaxlm.layers.moe.touched`).
     """
 
     plain: loop.State
@@ -39,6 +40,7 @@ class State:
     drafter: PyTree
     emitted: Int[Array, "B steps"]
     sizes: Int[Array, "B n"]
+    experts: Float[Array, ""]
 
 
 def begin(plain: loop.State, prompt: Int[Array, "B T"], drafter: Drafter, drafted: PyTree) -> State:
@@ -52,7 +54,7 @@ def begin(plain: loop.State, prompt: Int[Array, "B T"], drafter: Drafter, drafte
     history = jnp.pad(prompt, ((0, 0), (0, slots - prompt.shape[1])))
     history = history.at[jnp.arange(batch), plain.cache.length].set(plain.last, mode="drop")
     return State(plain, history, drafted, jnp.zeros((batch, drafter.depth + 1), jnp.int32),
-                 jnp.zeros((batch, len(drafter.sizes)), jnp.int32))
+                 jnp.zeros((batch, len(drafter.sizes)), jnp.int32), jnp.zeros(()))
 
 
 def advance(step: Step, rule: Rule, drafter: Drafter, params: PyTree, state: State, request: loop.Request, tree: Tree,
@@ -61,8 +63,9 @@ def advance(step: Step, rule: Rule, drafter: Drafter, params: PyTree, state: Sta
     tree, old = tree.prefix(drafter.sizes[size]), state.plain.cache
     on = tree.ancestors()
     depths = jnp.sum(on, axis=-1, dtype=jnp.int32) - 1
-    positions = jnp.where(tree.valid(), old.length[:, None] + depths, -1)
-    logits, kv = step(params, jnp.maximum(tree.tokens, 0), old, positions, on)
+    # Rows that are done have no tokens, so they touch no experts.
+    positions = jnp.where(tree.valid() & ~state.plain.done[:, None], old.length[:, None] + depths, -1)
+    logits, kv, experts = step(params, jnp.maximum(tree.tokens, 0), old, positions, on)
     digest = drafter.digest(logits)
     plain, walked = walk(rule, state.plain, request, tree, logits)
     # As in the plain loop, the write waits for the tokens, so for every read of the cache, and is made in place.
@@ -78,7 +81,7 @@ def advance(step: Step, rule: Rule, drafter: Drafter, params: PyTree, state: Sta
     steps = jnp.arange(1, state.emitted.shape[1] + 1)[None]
     emitted = state.emitted + (walked.count[:, None] == steps).astype(jnp.int32)
     sizes = state.sizes.at[:, size].add((walked.count > 0).astype(jnp.int32))
-    return State(plain, history, drafted, emitted, sizes)
+    return State(plain, history, drafted, emitted, sizes, state.experts + experts)
 
 
 def run(step: Step, rule: Rule, drafter: Drafter, params: PyTree, state: State, request: loop.Request,

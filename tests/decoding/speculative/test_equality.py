@@ -192,6 +192,30 @@ def test_segments_and_warm_states_change_nothing():
     assert warm.speculation.calls.sum() < cold.speculation.calls.sum()
 
 
+CROWDED = stubs.decoder(*[tiny.block(feedforward=tiny.MOES[name]) for name in ("capacity", "switch")])
+
+
+def test_a_capacity_drops_nothing_and_the_experts_of_a_call_are_counted():
+    """An oracle drafts four tokens, so the nodes of every call are the text itself; the second row is done after two calls."""
+    weights, prompts = tiny.weights(model.spec(CROWDED)), [list(b"aaaaaaaa"), list(b"defg")]
+    lm, free = model.Model(CROWDED, weights), model.Model(config.dropless(CROWDED), weights)
+    asked = {"max_new_tokens": [21, 11], "eos": (), "logprobs": True}
+    did = check(lm, prompts, asked, lambda texts: chain_of(texts, VOCABULARY, 0))
+    new = generate(lm, prompts, **asked).tokens
+    assert [row.tolist() for row in new] == [row.tolist() for row in generate(free, prompts, **asked).tokens]
+    text, _ = generating.padded([[*prompt, *row] for prompt, row in zip(prompts, new, strict=True)], 29)
+    kept, dropped = (jax.jit(model.forward, static_argnums=1)(weights, one.config, jnp.asarray(text)) for one in (free, lm))
+    assert np.abs(kept.logits[0] - dropped.logits[0]).max() > 1e-3
+
+    counts = []
+    for layer in kept.routing[0]:
+        for call in range(4):
+            nodes = [layer.experts[0, row, len(prompts[row]) + 5 * call:][:5] for row in range(2 if call < 2 else 1)]
+            counts.append(len(np.unique(np.concatenate(nodes))))
+    assert did.calls.tolist() == [4, 2] and did.experts == pytest.approx(np.mean(counts))
+    assert generate(target("rope"), "abc", 4, drafter="lookup").speculation.experts is None
+
+
 def test_a_lookup_of_short_trees_in_a_union_keeps_its_word():
     """Its continuations are as long as its own trees are deep, so no call writes more than the cache has room for."""
     drafter = Union((Lookup(length=10, nodes=3), Recycling(trees.branching(3))), (6,))

@@ -124,7 +124,8 @@ def make(drafter: str | Model | Drafter, tree: int | Template | None, target: Mo
         raise ValueError(f"a union has every drafter once, got {drafter!r}")
     if drafter != "auto":
         return _union(names, tree)
-    sizes = cost.budgets(jax.tree.leaves(target.ready)[0].devices(), batch, 64 if tree is None else tree)
+    devices = jax.tree.leaves(target.ready)[0].devices()
+    sizes = cost.budgets(devices, batch, 64 if tree is None else tree, functools.partial(cost.reads, target))
     return automatic(sizes, cost.measure(target, batch, sizes, dtype))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm import model
-from jaxlm.config import Decoder
+from jaxlm.config import Decoder, dropless
 from jaxlm.decoding.speculative.drafters import grow
 from jaxlm.decoding.speculative.drafters.base import Start, View
 from jaxlm.decoding.speculative.drafters.grow import Fringe, Grower, Scratch, Shape
@@ -80,4 +80,4 @@ def first_layers(target: Model, layers: int, shape: Shape | Template | int = gro
     cfg = target.decoder
     if not 1 <= layers <= cfg.stack.layers:
         raise ValueError(f"layers must be 1 to {cfg.stack.layers}, the target's, got {layers}")
-    return FirstLayers(cfg, layers, grow.of(shape, draws), dtype)
+    return FirstLayers(dropless(cfg), layers, grow.of(shape, draws), dtype)

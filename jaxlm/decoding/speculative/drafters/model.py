@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxlm import cache as caching
 from jaxlm import model
 from jaxlm.cache import Cache, Memory
-from jaxlm.config import Decoder, Encoder, EncoderDecoder
+from jaxlm.config import Decoder, Encoder, EncoderDecoder, dropless
 from jaxlm.decoding.speculative.drafters import grow
 from jaxlm.decoding.speculative.drafters.base import Seen, Start, View
 from jaxlm.decoding.speculative.drafters.grow import Fringe, Grower, Scratch, Shape
@@ -180,4 +180,4 @@ def draft_model(draft: Model, shape: Shape | Template | int = grow.CHAIN, dtype:
       dtype: of the computation; default that of the weights.
       draws: how a template's nodes are drawn, see `grow.Static`; for other than "fixed" a number of nodes makes a chain.
     """
-    return DraftModel(draft.ready, draft.config, grow.of(shape, draws), dtype)
+    return DraftModel(draft.ready, dropless(draft.config), grow.of(shape, draws), dtype)
