@@ -50,7 +50,8 @@ def adapted(decoder: Model, encoder: Model) -> Model:
 
 
 def config() -> Recipe:
-    """Each side of its decoder's shape; a text begins with the token that ends documents, the only one that is always there."""
+    """Each side of its decoder's shape; a text begins with the token that ends documents, the only one that is always there.
+    The widths are fixed: DECODER is of width 128, ENCODER of 192."""
     width, wider, warmup = 128, 192, int(os.environ.get("WARMUP", "20"))
     decoder, encoder = (os.environ.get(name, path) for name, path in (("DECODER", "clm_128"), ("ENCODER", "clm_192")))
     norm = RmsNorm(1e-5)

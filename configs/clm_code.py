@@ -27,6 +27,8 @@ from jaxlm.training.schedule import Cosine
 def config() -> Recipe:
     """Llama's kind; WIDTH is a multiple of 64, by default 192."""
     width = int(os.environ.get("WIDTH", "192"))
+    if width < 64 or width % 64:
+        raise ValueError(f"WIDTH is a multiple of 64, the width of a head, got {width}")
     block = Block(Attention(heads=width // 64, kv_heads=1, head_width=64, position=Rope(10000.0)), Dense(width * 8 // 3),
                   PreNorm(RmsNorm(1e-5)))
     decoder = Decoder(width, Embedding(4096), stack_of([block] * 4), RmsNorm(1e-5), Head(tied=True), length=512)

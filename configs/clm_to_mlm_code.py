@@ -28,8 +28,11 @@ from jaxlm.training.schedule import Cosine
 
 
 def config() -> Recipe:
-    """The decoder's shape, of which no layer is causal; its head, tied to the table of tokens, asks for hidden ones."""
+    """The decoder's shape, of which no layer is causal; its head, tied to the table of tokens, asks for hidden ones. WIDTH is
+    that of DECODER, a multiple of 64, by default 192."""
     width, decoder = int(os.environ.get("WIDTH", "192")), os.environ.get("DECODER")
+    if width < 64 or width % 64:
+        raise ValueError(f"WIDTH is a multiple of 64, the width of a head, got {width}")
     attention = Attention(heads=width // 64, kv_heads=1, head_width=64, position=Rope(10000.0), causal=False)
     block = Block(attention, Dense(width * 8 // 3), PreNorm(RmsNorm(1e-5)))
     model = Encoder(width, Embedding(4096), stack_of([block] * 4), RmsNorm(1e-5), Head(tied=True), length=512)

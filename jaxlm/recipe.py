@@ -6,7 +6,9 @@ It is what a file in configs/ gives, and `Run` is what becomes of it: compiled, 
 import dataclasses
 import functools
 import hashlib
+import inspect
 import math
+import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -45,25 +47,43 @@ class Pretrained:
 
     Attributes:
       paths: of one model or several, as `jaxlm.load` takes them: directories of Hugging Face's layout, which
-        `python -m train.export` and `jaxlm.save` write too, GGUF files, or names on the Hub.
+        `python -m train.export` and `jaxlm.save` write too, GGUF files, or names on the Hub. Kept as a tuple of strings.
       adapt: from these models, in their order, to the one that is trained: a function of `jaxlm.adapt`, as it is or in a
         `functools.partial`, or one's own. None where the one model needs no change. A run is known by this function's name and
         arguments, not by what is in it.
+
+    Raises:
+      ValueError: for what is no path, for no path, for several without a function, and for a function that does not take them.
 
     Example:
       >>> Pretrained("clm_code").paths
       ('clm_code',)
     """
 
-    paths: str | tuple[str, ...]
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     adapt: Callable[..., model.Model] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.paths, str):
-            object.__setattr__(self, "paths", (self.paths,))
+        given = (self.paths,) if isinstance(self.paths, str | os.PathLike) else self.paths
+        if not isinstance(given, list | tuple) or not all(isinstance(one, str | os.PathLike) for one in given):
+            raise ValueError(f"Pretrained.paths is the path of a model, or a tuple of several, got {self.paths!r}")
+        object.__setattr__(self, "paths", tuple(map(os.fspath, given)))
         if not self.paths or (len(self.paths) > 1 and self.adapt is None):
             raise ValueError("Pretrained takes the path of a model, or several and a function that makes one of them, got "
                              f"{len(self.paths)} paths and {'no' if self.adapt is None else 'a'} function")
+        if self.adapt is None:
+            return
+        if not callable(self.adapt):
+            raise ValueError(f"Pretrained.adapt is a function of models that gives a model, got {self.adapt!r}")
+        try:
+            signature = inspect.signature(self.adapt)
+        except ValueError:  # some of C's have none
+            return
+        try:
+            signature.bind(*self.paths)
+        except TypeError as error:
+            raise ValueError(f"Pretrained.adapt does not take as many models as there are paths, {len(self.paths)}: {error} of "
+                             f"{self.adapt!r}") from error
 
     def load(self, mesh: Mesh) -> model.Model:
         """The model, its weights split over the mesh.
@@ -137,11 +157,11 @@ class Recipe:
     evaluate_every: int | None = None
     evaluation_batches: int = 8
     evaluation: Objective | None = None
-    initial: str | Pretrained | None = None
+    initial: str | os.PathLike[str] | Pretrained | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.initial, str):
-            object.__setattr__(self, "initial", Pretrained((self.initial,)))
+        if isinstance(self.initial, str | os.PathLike):
+            object.__setattr__(self, "initial", Pretrained(self.initial))
         if not isinstance(self.initial, Pretrained | None):
             raise ValueError(f"initial is the path of a model, a jaxlm.recipe.Pretrained or None, got {self.initial!r}")
         for length, side in self.sides:

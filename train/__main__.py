@@ -21,7 +21,7 @@ from jaxlm import config, sharding
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.decoding.speculative import cost
 from jaxlm.params import count
-from jaxlm.recipe import CHANGEABLE, Recipe, Run, identity, whole
+from jaxlm.recipe import CHANGEABLE, Pretrained, Recipe, Run, identity, whole
 from jaxlm.training import report
 from jaxlm.training.checkpoint import Checkpoints, OtherRun
 from jaxlm.training.loop import Fitted, Settings, fit
@@ -60,7 +60,8 @@ class Arguments:
     pieces: int | None = None
     """Parts of a batch that are taken one after another: less memory, the same result."""
     initial: str | None = None
-    """The model whose weights training begins with: a directory like those of train.export, or a name on the Hub."""
+    """The model whose weights training begins with: a directory like those of train.export, or a name on the Hub. Where the
+    configuration makes its model of another (Pretrained.adapt), it is made of this one."""
     seed: int | None = None
     """Of weights, order and examples."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -133,12 +134,22 @@ def read_mesh(axes: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 
 
 def changed(recipe: Recipe, arguments: Any) -> Recipe:
-    """The recipe with what the command line says otherwise, as far as a program's arguments name it."""
+    """The recipe with what the command line says otherwise, as far as a program's arguments name it.
+
+    Raises:
+      ValueError: for --initial where the configuration makes its model of several, and as `read_mesh` and `Recipe`.
+    """
     names = ("steps", "rows", "length", "inputs", "pieces", "initial", "seed", "dtype", "remat", "checkpoint_every",
              "evaluate_every")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
     if arguments.mesh:
         given["mesh"] = read_mesh(arguments.mesh)
+    begun = recipe.initial
+    if "initial" in given and isinstance(begun, Pretrained) and begun.adapt is not None:
+        if len(begun.paths) != 1:
+            raise ValueError(f"--initial names one model, and the configuration makes its own of {len(begun.paths)}, "
+                             f"{', '.join(begun.paths)}: say others in the configuration")
+        given["initial"] = dataclasses.replace(begun, paths=given["initial"])
     return dataclasses.replace(recipe, **given)
 
 

@@ -7,6 +7,7 @@ encoder, and with that of its source an encoder-decoder. A stack read as an enco
 """
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,17 +117,18 @@ def to_encoder(model: Model, layers: str | Sequence[int] = "all", head: str | An
       key: for the weights of a new head that has some.
 
     Raises:
-      ValueError: for a model that attends to a source or is two, layers that do not exist, "masked" of a model without logits,
-        and a new head without a key.
+      ValueError: for a model that attends to a source or is two, layers that are no numbers or do not exist, "masked" of a
+        model without logits, and a new head without a key.
 
     Reference: BehnamGhader et al. 2024, https://arxiv.org/abs/2404.05961; Gisserot-Boukhlef et al. 2025,
     https://arxiv.org/abs/2507.00994
     """
     cfg = _single(model, "to_encoder", config.Decoder, config.Encoder)
     count = cfg.stack.layers
-    if isinstance(layers, str) and layers != "all":
-        raise ValueError(f'layers must be "all" or numbers of layers, got {layers!r}')
-    chosen = range(count) if isinstance(layers, str) else layers
+    try:
+        chosen = range(count) if isinstance(layers, str) and layers == "all" else [operator.index(one) for one in layers]
+    except TypeError:
+        raise ValueError(f'layers must be "all" or numbers of layers, got {layers!r:.80}') from None
     wrong = [layer for layer in chosen if not 0 <= layer < count]
     if wrong:
         raise ValueError(f"layer {wrong[0]} does not exist: 0 to {count - 1}")

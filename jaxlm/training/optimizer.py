@@ -79,7 +79,9 @@ class Freeze:
 
     It is one compiled step before and after, so steps before take as long. What is frozen counts nothing in the gradient's norm
     that `Optimizer.clip` looks at. Its moments are those of a first step when it is freed, their correction for that too: what
-    gradients were before says little of weights that all others have meanwhile been fitted to.
+    gradients were before says little of weights that all others have meanwhile been fitted to. They are there from the first
+    step, and computed at every one. A gradient of what is frozen that is not finite makes a step one that is not finite, as
+    any other does: `jaxlm.training.step.Metrics` are of all gradients.
 
     Attributes:
       paths: patterns of the weights' paths, as `jaxlm.adapt.but_cross_attention` gives them.
@@ -90,6 +92,10 @@ class Freeze:
     steps: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.paths, tuple) or not all(isinstance(one, str) for one in self.paths):
+            raise ValueError(f"Freeze.paths is a tuple of patterns, like (\"decoder/embedding/*\",), got {self.paths!r}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int):
+            raise ValueError(f"Freeze.steps is a whole number, got {self.steps!r}")
         if not self.paths or self.steps < 1:
             raise ValueError(f"what is frozen at first has paths, and at least 1 step, got {self}")
 

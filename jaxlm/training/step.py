@@ -54,8 +54,8 @@ class Metrics:
     Attributes:
       loss: mean over the batch's weight.
       weight: of the batch: how many tokens are asked, each counted as often as its weight says.
-      gradient_norm: before it is clipped.
-      finite: whether loss, gradient and, of an update, the norm of the new weights are.
+      gradient_norm: before it is clipped, of all weights, frozen ones (`jaxlm.training.optimizer.Freeze`) too.
+      finite: whether loss, gradient (of frozen weights too) and, of an update, the norm of the new weights are.
       aux: the loss's, divided by the weight.
     """
 

@@ -286,6 +286,8 @@ PAIR = tiny.ENCODER_DECODERS["shared"]
         made(SIMPLE), made(dataclasses.replace(SIMPLE, embedding=Embedding(5))), start=(0,), shared=True),
     "layer 2 does not exist: 0 to 1": lambda: adapt.to_encoder(made(SIMPLE), [0, 2]),
     'layers must be "all" or numbers of layers, got \'some\'': lambda: adapt.to_encoder(made(SIMPLE), "some"),
+    'layers must be "all" or numbers of layers, got Model': lambda: adapt.to_encoder(made(SIMPLE), made(SIMPLE)),
+    'layers must be "all" or numbers of layers, got .0.5': lambda: adapt.to_encoder(made(SIMPLE), [0.5]),
     "of a model that gives logits, or a config of one, got 'masked' of NoneType":
         lambda: adapt.to_encoder(adapt.to_encoder(made(SIMPLE)), head="masked"),
     "the weights of a new Classifier need a key": lambda: adapt.to_encoder(made(SIMPLE), head=Classifier(2, None)),

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+import pathlib
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +25,12 @@ from jaxlm.training.checkpoint import Checkpoints
 from jaxlm.training.optimizer import AdamW, Freeze, Optimizer
 from jaxlm.training.schedule import Constant
 from tests import tiny
-from train.__main__ import Arguments, run
+from train.__main__ import Arguments, read, run
 from train.__main__ import changed as overruled
 
 TEXTS = [" ".join(f"{n} figs" for n in range(start, start + 30)) for start in range(60)]
 VOCABULARY = 272
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 NORM = config.RmsNorm(1e-5)  # what a Llama's files say where they say nothing else
 
 
@@ -168,11 +171,21 @@ def test_a_run_that_goes_on_reads_its_own_weights(files, tmp_path):
 
 
 def test_what_the_command_line_says(files, tmp_path):
-    """--initial begins with a model, whatever the configuration begins with."""
+    """--initial begins with a model, of which is made what the configuration makes of its own."""
     there, none = recipe(files), recipe(files, initial=None)
     given = [overruled(one, Arguments("any", initial="elsewhere")) for one in (there, none)]
     assert given[0].initial == given[1].initial == Pretrained(("elsewhere",)) and overruled(there, Arguments("any")) == there
     assert given[0].about()["initial"] == "Pretrained(paths=('elsewhere'), adapt=None)" and "initial" not in none.about()
+    adapted = recipe(files, initial=Pretrained("there", adapt.to_encoder))
+    assert overruled(adapted, Arguments("any", initial="elsewhere")).initial == Pretrained("elsewhere", adapt.to_encoder)
+    with pytest.raises(ValueError, match="--initial names one model, and the configuration makes its own of 2, one, two"):
+        overruled(recipe(files, initial=Pretrained(("one", "two"), both)), Arguments("any", initial="elsewhere"))
+
+
+def test_paths_are_what_load_takes(files):
+    given, said = files / "decoder", str(files / "decoder")
+    for one in (Pretrained(given), Pretrained((given,)), Pretrained([said]), recipe(files, initial=given).initial):
+        assert one.paths == (said,) and hash(one) == hash(Pretrained(said))
 
 
 def test_an_encoder_of_a_decoder_and_what_only_training_has(files):
@@ -227,6 +240,14 @@ def test_weights_of_another_kind_where_that_is_meant(files):
 @pytest.mark.parametrize(("make", "says"), [
     (lambda: Pretrained(()), "the path of a model, or several and a function .*, got 0 paths and no function"),
     (lambda: Pretrained(("a", "b")), "got 2 paths and no function"),
+    (lambda: Pretrained(3), "is the path of a model, or a tuple of several, got 3"),
+    (lambda: Pretrained(("a", None), both), r"tuple of several, got \('a', None\)"),
+    (lambda: Pretrained(b"a"), "tuple of several, got b'a'"),
+    (lambda: Pretrained("a", "to_encoder"), "adapt is a function of models that gives a model, got 'to_encoder'"),
+    (lambda: Pretrained("a", both), "does not take as many models as there are paths, 1: missing .* 'encoder'"),
+    (lambda: Pretrained(("a", "b"), adapt.split), "does not take as many models as there are paths, 2"),
+    (lambda: Freeze("blocks/*", 2), r"tuple of patterns, like \(.*\), got 'blocks/\*'"),
+    (lambda: Freeze(("blocks/*", 2), 2), "tuple of patterns"), (lambda: Freeze(("*",), 2.5), "is a whole number, got 2.5"),
     (lambda: Freeze((), 3), "has paths, and at least 1 step"), (lambda: Freeze(("*",), 0), "at least 1 step")])
 def test_what_says_nothing(make, says):
     with pytest.raises(ValueError, match=says):
@@ -236,6 +257,36 @@ def test_what_says_nothing(make, says):
 def test_what_is_no_beginning(files):
     with pytest.raises(ValueError, match="initial is the path of a model, a jaxlm.recipe.Pretrained or None, got 3"):
         recipe(files, initial=3)
+
+
+def test_the_configurations_fit_each_other(monkeypatch):
+    """What `adapt` makes of the decoder's configuration is the model of each."""
+    def given(name, **environment):
+        for variable in ("WIDTH", "DECODER", "ENCODER", "WARMUP"):
+            monkeypatch.delenv(variable, raising=False)
+        for variable, value in environment.items():
+            monkeypatch.setenv(variable, value)
+        return read(str(CONFIGS / f"{name}.py"))
+
+    def empty(width):
+        cfg = given("clm_code", WIDTH=width).model
+        weights = jax.tree.map(lambda param: np.broadcast_to(np.float32(0), param.shape), model.spec(cfg))
+        return jaxlm.Model(cfg, weights, types.SimpleNamespace(bos_id=None, eos_id=0))
+
+    small, large = empty("128"), empty("192")
+    masked = given("clm_to_mlm_code", DECODER="there")
+    assert masked.initial.adapt(large).config == masked.model == given("clm_to_mlm_code").model
+    assert given("clm_to_mlm_code", DECODER="there", WIDTH="128").model == masked.initial.adapt(small).config
+    assert masked.initial.paths == ("there",) and given("clm_to_mlm_code").initial is None
+    pair = given("adapted_code", DECODER="one", ENCODER="two")
+    assert pair.initial.paths == ("one", "two") and given("adapted_code", WARMUP="0").optimizer.freeze is None
+    made = []
+    jax.eval_shape(lambda: made.append(pair.initial.adapt(small, large).config))
+    assert made == [pair.model]
+    for name in ("clm_code", "clm_to_mlm_code"):
+        for width in ("100", "0"):
+            with pytest.raises(ValueError, match=f"WIDTH is a multiple of 64, the width of a head, got {width}"):
+                given(name, WIDTH=width)
 
 
 def test_masked_tokens_are_learned_by_what_was_a_decoder(files):

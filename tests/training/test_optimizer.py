@@ -186,7 +186,7 @@ def test_what_is_frozen_at_first_then_begins(kind):
 
 
 def test_what_is_frozen_at_first_does_not_count_when_the_gradient_is_clipped():
-    """Until it is free; and infinite gradients of it do no harm."""
+    """Until it is free."""
     wild = jax.tree.map(lambda leaf: leaf, GRADIENTS[0])
     wild["embedding"] = {"tokens": jnp.full((5, 4), jnp.inf)}
     plain = AdamW(b1=0.0, b2=0.0, eps=1e6, weight_decay=0.0)  # its update is the gradient over epsilon
