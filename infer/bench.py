@@ -602,7 +602,10 @@ def main(arguments: Arguments) -> None:
     prompts = [encode(model, question, arguments.raw) for question in questions]
     length = model.decoder.length
     if isinstance(model.config, EncoderDecoder):
-        longest = model.config.encoder.length
+        longest, least = model.config.encoder.length, len(model.config.start)
+        if arguments.max_new_tokens < least:
+            raise ValueError(f"--max-new-tokens counts the tokens behind the first of the model's start of {least}: it must be "
+                             f"at least {least}, got {arguments.max_new_tokens}")
         room = 1 + arguments.max_new_tokens <= length  # the start's other tokens are new ones
         fits = [room and len(prompt) <= longest for prompt in prompts]
     else:

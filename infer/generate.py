@@ -177,6 +177,9 @@ def main(arguments: Arguments) -> None:
     speculating, dtype = arguments.speculating, None if arguments.dtype is None else jnp.dtype(arguments.dtype)
     if speculating.drafter is not None and speculating.draft_model is not None:
         raise ValueError("either --drafter or --draft-model drafts, not both")
+    if arguments.prefix and arguments.mode == "decoder-only":
+        raise ValueError("--prefix lets all tokens of the prompt see each other, and in --mode decoder-only none sees what "
+                         "follows: give one of them, or --mode encoder-decoder")
     with console.status(f"loading {arguments.model}"):
         model = jaxlm.load(arguments.model, dtype=dtype)
     drafter: str | jaxlm.Model | None = speculating.drafter
@@ -188,6 +191,9 @@ def main(arguments: Arguments) -> None:
     if arguments.language is not None:
         model = dataclasses.replace(model, tokenizer=model.tokenizer.in_language(arguments.language))
     if arguments.mode is not None:
+        if arguments.chat or (model.tokenizer.has_chat_template and not arguments.raw):
+            raise ValueError("--mode puts its token before a plain text, which a chat template makes no room for: give --raw, "
+                             "and no --chat")
         model = dataclasses.replace(model, tokenizer=model.tokenizer.in_mode(arguments.mode))
     if isinstance(model.config, Encoder) and (arguments.prefix or arguments.mode is not None):
         model = adapt.to_decoder(model)

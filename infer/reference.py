@@ -21,7 +21,8 @@ from infer import machine
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A request: prompts of equal length, greedy; `lookup` is transformers' own prompt lookup of so many tokens (one row). What
-    a text begins with counts as new but for its first token, as in `jaxlm.generate`."""
+    a text begins with counts as new but for its first token, as in `jaxlm.generate`: `new_tokens` are at least as many as
+    it has tokens."""
 
     prompts: Sequence[Sequence[int]]
     new_tokens: int

@@ -119,14 +119,14 @@ def assemble(cfg: config.Config, family: Family, source: Source, dtype: Any, mes
 
     Args:
       dtype: that the weights are to have, but for those that the family keeps in float32.
-      mesh: over which they are split as `jaxlm.sharding` says; None puts them on the first device.
+      mesh: over which they are split as `jaxlm.sharding` says; None puts them on this process's first device.
 
     Raises:
       ValueError: for tensors that are missing, left over, of the wrong shape, or hold NaN or infinity; names them.
     """
     spec, dtype = model.spec(cfg), np.dtype(dtype)
     if mesh is None:
-        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), spec)
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), spec)
     else:
         shardings = sharding.shardings(spec, mesh)
     leaves, layouts = paths(spec), paths(shardings)

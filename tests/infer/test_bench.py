@@ -1,5 +1,6 @@
 """Measures on made-up records, and one run over a tiny model."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -16,6 +17,7 @@ from infer import bench, machine, reference, session
 from jaxlm import config, model, params
 from jaxlm.data.tokenizer import Tokenizer
 from tests.io.goldens import make_bart
+from tests.tiny import ENCODER_DECODERS
 
 FIELDS = {
     "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": [],
@@ -326,6 +328,15 @@ def test_an_interrupted_run_writes_what_there_is(words, monkeypatch):
 def test_bench_says_what_is_wrong(words, fields, message):
     with pytest.raises(ValueError, match=message):
         bench.main(bench.Arguments("tiny", words[3], **fields))
+
+
+def test_bench_counts_the_start(words, tiny, monkeypatch):
+    """Before anything is measured."""
+    cfg = ENCODER_DECODERS["shared"]
+    lm = dataclasses.replace(tiny, config=dataclasses.replace(cfg, start=(1, 2, 3)))
+    monkeypatch.setattr(jaxlm, "load", lambda *_, **__: lm)
+    with pytest.raises(ValueError, match="--max-new-tokens counts .* start of 3: it must be at least 3, got 2"):
+        bench.main(bench.Arguments("tiny", words[3], max_new_tokens=2))
 
 
 def test_transformers_reply_becomes_an_answer():

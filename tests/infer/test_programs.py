@@ -270,6 +270,9 @@ def test_the_demo_answers(directory, monkeypatch):
     (("--prompt", "", "--raw"), "empty"),
     (("--prompt", "ab", "--top-p", "0"), "top_p"),
     (("--prompt", "ab", "--tree", "4"), "name a drafter"),
+    (("--prompt", "ab", "--mode", "decoder-only", "--prefix", "--raw"), "give one of them"),
+    (("--prompt", "ab", "--mode", "encoder-decoder"), "--mode puts its token before a plain text, .* give --raw"),
+    (("--chat", "--mode", "encoder-decoder"), "--mode puts its token before a plain text, .* no --chat"),
 ])
 def test_generate_says_what_is_wrong(directory, flags, message):
     with pytest.raises(ValueError, match=message):

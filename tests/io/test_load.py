@@ -145,6 +145,12 @@ def test_a_mesh(name, sizes):
         np.testing.assert_allclose(logits(spread), CASES[name]["logits"], rtol=0, atol=1e-4)
 
 
+def test_without_a_mesh_on_this_processs_first_device(monkeypatch):
+    mine = jax.devices()[3]
+    monkeypatch.setattr(jax, "local_devices", lambda: [mine])
+    assert {leaf.device for leaf in jax.tree.leaves(built("qwen3").params)} == {mine}
+
+
 def test_no_second_copy_of_the_model(tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 2048}
     config = CASES["llama"]["config"] | sizes

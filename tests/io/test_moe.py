@@ -154,6 +154,8 @@ def test_what_released_configs_say_beside_changes_nothing():
     assert families.read(CASES["gpt_oss"]["config"] | {
         "initial_context_length": 4096, "experts_per_token": 4, "router_aux_loss_coef": 0.9,
         "output_router_logits": False}) == cfg
+    with pytest.raises(ValueError, match="initial_context_length"):
+        families.read(CASES["mixtral"]["config"] | {"initial_context_length": 4096})
     plain = {key: value for key, value in CASES["gpt_oss"]["config"].items() if not key.startswith("rope")}
     position = families.read(plain).stack.blocks()[0].attention.position
     assert (position.base, position.scaling.factor, position.scaling.length) == (150000.0, 32.0, 4096)

@@ -275,8 +275,8 @@ def _write_gpt_oss(cfg: config.Decoder) -> dict[str, Any]:
         "swiglu_limit": moe.expert.clip, "rope_scaling": values["rope_scaling"] or {"rope_type": "default"}}
 
 
-# Losses of training, and noise in it; what OpenAI calls what the rotary scaling says.
-_IGNORED = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "initial_context_length"})
+# Losses of training, and noise in it.
+_IGNORED = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})
 _QWEN = DEFAULTS | {"decoder_sparse_step": 1, "norm_topk_prob": False, "use_sliding_window": False, "sliding_window": 4096}
 _GRANITE = DEFAULTS | {"attention_bias": False, "num_local_experts": 8, "num_experts_per_tok": 2} | dict.fromkeys(
     ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
@@ -300,7 +300,8 @@ FAMILIES = (
            _read_granitemoe, _write_granitemoeshared, others=(GRANITE_APART,), mixtures=True, ignored=_IGNORED,
            defaults=_GRANITE),
     Family("gpt_oss", "GPT-OSS 20B, 120B", "GptOssForCausalLM", GPT_OSS + GPT_OSS_WHOLE, _read_gpt_oss, _write_gpt_oss,
-           others=(GPT_OSS + GPT_OSS_PACKED, GPT_OSS_APART), mixtures=True, ignored=_IGNORED,
+           others=(GPT_OSS + GPT_OSS_PACKED, GPT_OSS_APART), mixtures=True,
+           ignored=_IGNORED | {"initial_context_length"},  # what the rotary scaling says too
            defaults=DEFAULTS | {"rms_norm_eps": 1e-5, "head_dim": 64, "attention_bias": True, "swiglu_limit": 7.0,
                                 "sliding_window": 128}),
 )
