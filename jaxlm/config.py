@@ -511,7 +511,23 @@ class CapacityTokens:
         _require(self.tokens > 0, f"CapacityTokens.tokens must be positive, got {self.tokens}")
 
 
-Capacity = CapacityFactor | CapacityTokens
+@dataclass(frozen=True)
+class CapacityFraction:
+    """An expert takes at most ceil(fraction * T) of a row's T tokens (NLLB-MoE, https://arxiv.org/abs/2207.04672).
+
+    With `rescale` the weights of the experts that a token keeps sum to what those of all that it chose did. With `prioritized`
+    the tokens that a router is surest of come first, not those at the front (https://arxiv.org/abs/2106.05974).
+    """
+
+    fraction: float
+    rescale: bool = False
+    prioritized: bool = False
+
+    def __post_init__(self):
+        _require(0 < self.fraction <= 1, f"CapacityFraction.fraction must be above 0 and at most 1, got {self.fraction}")
+
+
+Capacity = CapacityFactor | CapacityTokens | CapacityFraction
 
 
 @dataclass(frozen=True)
@@ -887,8 +903,9 @@ def dropless(cfg: Config) -> Config:
 TYPES: dict[str, type] = {cls.__name__: cls for cls in (
     RmsNorm, LayerNorm, LinearScaling, DynamicNtkScaling, YarnScaling, Llama3Scaling, LongRopeScaling, Rope, Alibi,
     RelativeBias, Sinusoidal, Learned, QkNorm, Attention, LatentAttention, Dense, ExpertGroups, TopK, ExpertChoice, Hash,
-    ReluNorm, Recurrent, AverageKey, CapacityFactor, CapacityTokens, Moe, PreNorm, PostNorm, OutputNorm, SandwichNorm,
-    ParallelNorm, Block, Group, Stack, Embedding, Transform, Head, Classifier, Vector, Decoder, Encoder, EncoderDecoder)}
+    ReluNorm, Recurrent, AverageKey, CapacityFactor, CapacityTokens, CapacityFraction, Moe, PreNorm, PostNorm, OutputNorm,
+    SandwichNorm, ParallelNorm, Block, Group, Stack, Embedding, Transform, Head, Classifier, Vector, Decoder, Encoder,
+    EncoderDecoder)}
 
 
 def to_dict(cfg: Any) -> Any:

@@ -344,11 +344,14 @@ def moe(params, cfg, x, positions, known=None):
         k = (cfg.router.choice if isinstance(cfg.router, config.Recurrent) else cfg.router).k
         experts = np.full((batch, length, k), cfg.experts)
         room = {None: lambda: length * k, config.CapacityTokens: lambda: cfg.capacity.tokens,
-                config.CapacityFactor: lambda: math.ceil(cfg.capacity.factor * k * length / cfg.experts)}[
+                config.CapacityFactor: lambda: math.ceil(cfg.capacity.factor * k * length / cfg.experts),
+                config.CapacityFraction: lambda: math.ceil(cfg.capacity.fraction * length)}[
                     None if cfg.capacity is None else type(cfg.capacity)]()
+        fraction = isinstance(cfg.capacity, config.CapacityFraction)
+        turns = sorted(places, key=lambda place: -routes[place][2].max()) if fraction and cfg.capacity.prioritized else places
         taken = np.zeros((batch, cfg.experts), int)
         for choice in range(k):
-            for place in places:
+            for place in turns:
                 e = routes[place][0][choice]
                 if taken[place[0], e] < room:
                     taken[place[0], e] += 1
@@ -356,6 +359,12 @@ def moe(params, cfg, x, positions, known=None):
                     pairs[place, e] = routes[place][1][choice]
                 else:
                     dropped += 1
+        if fraction and cfg.capacity.rescale:
+            for place in places:
+                mine = [(place, e) for e in experts[place] if e < cfg.experts]
+                rest = sum(pairs[one] for one in mine)
+                for one in mine:
+                    pairs[one] *= sum(routes[place][1]) / rest
     out = np.zeros_like(x)
     for (place, e), weight in pairs.items():
         out[place] += weight * feedforward({name: leaf[e] for name, leaf in params["experts"].items()}, cfg.expert, x[place])

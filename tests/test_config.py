@@ -318,6 +318,7 @@ REFUSED = {
     "ExpertGroups.best must be positive, got 0": lambda: config.ExpertGroups(4, 2, 0),
     "Moe.experts must be positive, got 0": lambda: Moe(0, Dense(8), TopK(1)),
     "Moe.shared_gate multiplies a shared layer: give one": lambda: Moe(2, Dense(8), TopK(1), shared_gate=True),
+    "CapacityFraction.fraction must be above 0 and at most 1, got 1.5": lambda: config.CapacityFraction(1.5),
     "with ExpertChoice it must be None": lambda: Moe(2, Dense(8), config.ExpertChoice(1.0), capacity=config.CapacityTokens(1)),
     "a router cannot choose 3 of 2 experts": lambda: Moe(2, Dense(8), config.Recurrent(4, TopK(3))),
     "6 experts do not divide into 4 groups of equal size": lambda: Moe(6, Dense(8), TopK(1, groups=config.ExpertGroups(4, 1))),

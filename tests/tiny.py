@@ -16,6 +16,7 @@ from jaxlm.config import (
     AverageKey,
     Block,
     CapacityFactor,
+    CapacityFraction,
     CapacityTokens,
     Classifier,
     Decoder,
@@ -202,7 +203,7 @@ ENCODER_DECODERS = {
 }
 
 
-# Every router: as DeepSeek-V3, Qwen2-MoE, Mixtral, GPT-OSS, Switch, RMoE, hash layers, BlockFFN, EMoE, expert choice.
+# Every router: as DeepSeek-V3, Qwen2-MoE, Mixtral, GPT-OSS, Switch, NLLB-MoE, RMoE, hash layers, BlockFFN, EMoE, expert choice.
 MOES = {
     "groups": Moe(8, Dense(6), TopK(3, Score.SIGMOID, True, 2.5, ExpertGroups(4, 2, 2), correction=True), shared=Dense(10)),
     "gate": Moe(6, Dense(6), TopK(2, groups=ExpertGroups(3, 2)), shared=Dense(8, gated=False), shared_gate=True),
@@ -210,6 +211,7 @@ MOES = {
     "clip": Moe(4, Dense(6, Activation.QUICK_GELU, bias=True, clip=0.7, offset=1.0), TopK(2, normalize=True, bias=True)),
     "switch": Moe(4, Dense(6, Activation.RELU, gated=False), TopK(1), capacity=CapacityFactor(0.7)),
     "capacity": Moe(4, Dense(6, bias=True), TopK(2, correction=True), capacity=CapacityTokens(2)),
+    "fraction": Moe(4, Dense(6), TopK(2, normalize=True, scale=0.8), capacity=CapacityFraction(0.3, True, True)),
     "recurrent": Moe(4, Dense(6), Recurrent(5, TopK(2, normalize=True))),
     "hash": Moe(6, Dense(6, Activation.GELU, gated=False, bias=True), Hash(2, seed=3)),
     "relu": Moe(4, Dense(6, bias=True), ReluNorm()),

@@ -188,4 +188,6 @@ def _tensors(weights: Mapping[str, Weight], cfg: config.Config, family: Family) 
     for place in places(family.table, family.bases[0], cfg):
         parts = [np.asarray(dense(weights[path])) for path in place.paths]
         for number, name in enumerate(place.names):
-            yield name, place.join([part[place.index(number)] for part in parts])
+            tensor = place.join([part[place.index(number)] for part in parts])
+            for one in (name, *(place.also[number] if place.copied else ())):
+                yield one, tensor

@@ -36,6 +36,7 @@ class Row:
       when: which blocks it is about, or outside the stack which models; None is all.
       plain: a table that lies there as it does here.
       side: "decoder" or "encoder", whose blocks these are.
+      copied: it is written under the names in `also` as well, for a reader that does not share what the model shares.
     """
 
     ours: tuple[str, ...]
@@ -47,6 +48,7 @@ class Row:
     when: Callable[[Any], bool] | None = None
     plain: bool = False
     side: str = "decoder"
+    copied: bool = False
 
 
 def of_encoder(*rows: Row) -> tuple[Row, ...]:
@@ -97,7 +99,7 @@ class Place:
       also: for each of `names` the other names it goes by.
       leading: the leading dimensions of our leaves that `names` run over, the last one fastest.
       experts: the leading dimension that their tensors and our leaves of one layer have in common: () or how many experts.
-      out_axis, blocks, plain: the row's.
+      out_axis, blocks, plain, copied: the row's.
     """
 
     paths: tuple[str, ...]
@@ -109,6 +111,7 @@ class Place:
     out_axis: int
     blocks: int
     plain: bool
+    copied: bool
 
     def index(self, number: int) -> tuple[int, ...]:
         """Where in the leading dimensions of our leaves the tensor of this number in `names` belongs."""
@@ -196,7 +199,7 @@ def _expand(row: Row, base: str, cfg: config.Config, leaves: Mapping[str, Param]
             tied = isinstance(side.head, config.Head) and side.head.tied
             also = tuple(name.format(base=base) for name in row.also + (row.twins if tied else ()))
             yield Place(row.ours, tuple(leaves[path] for path in row.ours), (row.theirs.format(base=base),), (also,), (),
-                        (), row.out_axis, row.blocks or 1, row.plain)
+                        (), row.out_axis, row.blocks or 1, row.plain, row.copied)
         return
     layer = 0
     for g, group in enumerate(side.stack.groups):
@@ -214,7 +217,7 @@ def _expand(row: Row, base: str, cfg: config.Config, leaves: Mapping[str, Param]
                 blocks = {None: block.attention.kv_heads, ALTERNATING: turns}.get(row.blocks, row.blocks)
                 yield Place(ours, parts, tuple(row.theirs.format(**key) for key in keys),
                             tuple(tuple(name.format(**key) for name in row.also) for key in keys), leading, experts,
-                            row.out_axis, blocks, row.plain)
+                            row.out_axis, blocks, row.plain, row.copied)
         layer += group.repeats * len(group.pattern)
 
 

@@ -106,8 +106,10 @@ def apply(params: dict[str, Any], cfg: config.Moe, x: Float[Array, "B T D"], con
     if decision.experts is not None:
         experts = jnp.where(valid[..., None], decision.experts, cfg.experts)
         if cfg.capacity is not None:
-            kept = _kept(cfg, experts)
+            kept = _kept(cfg, experts, decision.scores)
             experts = jnp.where(kept, experts, cfg.experts)
+            if isinstance(cfg.capacity, config.CapacityFraction) and cfg.capacity.rescale:
+                decision = decision._replace(weights=_rescaled(decision.weights, kept))
         decision = decision._replace(experts=experts)
         out = exchange.apply(params["experts"], cfg, x, experts, decision.weights)
         counted = jnp.sum(jax.nn.one_hot(experts, cfg.experts, dtype=jnp.float32), axis=(0, 1, 2))
@@ -143,17 +145,32 @@ def _average_keys(experts: dict[str, Weight], cfg: config.Dense) -> Float[Array,
     return jnp.mean(dense(experts["gate" if cfg.gated else "up"]), axis=2).T
 
 
-def _kept(cfg: config.Moe, experts: Int[Array, "B T k"]) -> Bool[Array, "B T k"]:
-    """Which pairs an expert has room for: tokens in order, all first choices before all second ones."""
+def _kept(cfg: config.Moe, experts: Int[Array, "B T k"], scores: Float[Array, "B T E"] | None = None) -> Bool[Array, "B T k"]:
+    """Which pairs an expert has room for: all first choices before all second ones, and tokens in order; where the capacity is
+    prioritized, in that of their highest `scores`."""
     batch, length, k = experts.shape
-    if isinstance(cfg.capacity, config.CapacityTokens):
-        room = cfg.capacity.tokens
-    else:
-        room = math.ceil(cfg.capacity.factor * k * length / cfg.experts)
+    match cfg.capacity:
+        case config.CapacityTokens(tokens):
+            room = tokens
+        case config.CapacityFactor(factor):
+            room = math.ceil(factor * k * length / cfg.experts)
+        case config.CapacityFraction(fraction):
+            room = math.ceil(fraction * length)
+    back = None
+    if isinstance(cfg.capacity, config.CapacityFraction) and cfg.capacity.prioritized:
+        order = jnp.argsort(-jnp.max(scores, axis=-1), axis=1)
+        experts, back = jnp.take_along_axis(experts, order[..., None], axis=1), jnp.argsort(order, axis=1)
     ranked = experts.transpose(0, 2, 1).reshape(batch, k * length)
     chosen = jax.nn.one_hot(ranked, cfg.experts, dtype=jnp.int32)
     place = jnp.sum(jnp.cumsum(chosen, axis=1) * chosen, axis=-1)
-    return ((place > 0) & (place <= room)).reshape(batch, k, length).transpose(0, 2, 1)
+    kept = ((place > 0) & (place <= room)).reshape(batch, k, length).transpose(0, 2, 1)
+    return kept if back is None else jnp.take_along_axis(kept, back[..., None], axis=1)
+
+
+def _rescaled(weights: Float[Array, "B T k"], kept: Bool[Array, "B T k"]) -> Float[Array, "B T k"]:
+    """Weights of which those that are kept sum to what all did."""
+    whole, rest = (jnp.sum(one, axis=-1, keepdims=True) for one in (weights, jnp.where(kept, weights, 0)))
+    return weights * jnp.where(rest > 0, whole / jnp.where(rest > 0, rest, 1.0), 1.0)
 
 
 def _expert_choice(experts: dict[str, Weight], cfg: config.Moe, x: Float[Array, "B T D"],

@@ -85,6 +85,10 @@ class Fields:
             raise self.wrong(key, "a positive whole number is needed")
         return value
 
+    def count(self, key: str) -> int | None:
+        """A whole number, 0 or more, or None where there is none."""
+        return None if self.get(key) is None else 0 if self.get(key) == 0 else self.integer(key)
+
     def number(self, key: str) -> float:
         """A number that must be there."""
         value = self.get(key)

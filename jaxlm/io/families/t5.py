@@ -1,6 +1,12 @@
-"""T5, mT5 and umT5, whole or their encoders alone: a relative bias in place of positions, scores that are not scaled."""
+"""T5, mT5, umT5 and Switch Transformers, whole or their encoders alone: a relative bias in place of positions, scores that are
+not scaled.
+
+In a Switch some layers have experts, of which a token goes to one; past `expert_capacity` tokens of a row an expert drops the
+others, as in transformers 5 and the paper (https://arxiv.org/abs/2101.03961): nothing is added to them. Padding takes no room.
+"""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +24,9 @@ UNBOUNDED = 2**15
 HEAD, EMBEDDINGS = "lm_head.weight", ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
-def _read(fields: Fields) -> config.EncoderDecoder | config.Encoder:
+def _read(fields: Fields, feedforwards: Callable[[Fields, str, int], list[config.FeedForward]] | None = None,
+          ) -> config.EncoderDecoder | config.Encoder:
+    """`feedforwards`: those of a side's layers, from its name and how many it has; None is the same in all."""
     width, heads, layers = (fields.integer(key) for key in ("d_model", "num_heads", "num_layers"))
     embedding = config.Embedding(fields.integer("vocab_size"))
     norm = config.RmsNorm(fields.number("layer_norm_epsilon"))
@@ -27,9 +35,15 @@ def _read(fields: Fields) -> config.EncoderDecoder | config.Encoder:
     self_attention = partial(config.Attention, heads, heads, fields.integer("d_kv"), scale=1.0)
     bias = partial(config.RelativeBias, fields.integer("relative_attention_num_buckets"),
                    fields.integer("relative_attention_max_distance"), shared=fields.family != "umt5")
-    block = partial(config.Block, feedforward=_feedforward(fields), residual=config.PreNorm(norm))
-    reading = block(self_attention(bias(bidirectional=True), causal=False))
-    writing = block(self_attention(bias()), cross=self_attention(None, causal=False, source=width))
+    block = partial(config.Block, residual=config.PreNorm(norm))
+    if feedforwards is None:
+        dense = _feedforward(fields)
+        sides = [dense] * layers, [dense] * decoders
+    else:
+        sides = feedforwards(fields, "encoder", layers), feedforwards(fields, "decoder", decoders)
+    reading = [block(self_attention(bias(bidirectional=True), causal=False), feedforward) for feedforward in sides[0]]
+    writing = [block(self_attention(bias()), feedforward, cross=self_attention(None, causal=False, source=width))
+               for feedforward in sides[1]]
     # Whoever scales the logits does so because the head was tied. Version 5 of transformers writes that every T5 is tied and
     # says beside it whether to scale, scales every umT5, which is wrong for the released ones, and no mT5.
     tied, scaled = fields.flag("tie_word_embeddings"), fields.get("scale_decoder_outputs")
@@ -37,13 +51,13 @@ def _read(fields: Fields) -> config.EncoderDecoder | config.Encoder:
     first, pad, forced = (fields.get(key) for key in ("decoder_start_token_id", "pad_token_id", "forced_bos_token_id"))
     start = tuple(token for token in (pad if first is None else first, forced) if token is not None)
     fields.get("is_encoder_decoder")  # transformers writes false for an encoder taken out of a T5 and true for one by itself
-    encoder = config.Encoder(width, embedding, config.stack_of([reading] * layers), norm, None, lengths[0])
+    encoder = config.Encoder(width, embedding, config.stack_of(reading), norm, None, lengths[0])
     if any("EncoderModel" in name for name in fields.get("architectures") or ()):
         return encoder
     if pad is None and first is None:
         raise ValueError(f"config.json lacks decoder_start_token_id, which {fields.family} needs")
     head = config.Head(tied, scale=width**-0.5 if scaled else 1.0)
-    decoder = config.Decoder(width, embedding, config.stack_of([writing] * decoders), norm, head, lengths[1])
+    decoder = config.Decoder(width, embedding, config.stack_of(writing), norm, head, lengths[1])
     return config.EncoderDecoder(encoder, decoder, start)
 
 
@@ -59,10 +73,46 @@ def _feedforward(fields: Fields) -> config.Dense:
     return config.Dense(fields.integer("d_ff"), activation, gated)
 
 
+def _some_sparse(fields: Fields, side: str, layers: int) -> list[config.FeedForward]:
+    """A Switch's: every so many layers, beginning with the second, has experts."""
+    for key, value in (("router_dtype", "float32"), ("num_selected_experts", 1), ("batch_prioritized_routing", False),
+                       ("is_gated_act", False)):
+        fields.expect(key, value)
+    expert = config.Dense(fields.integer("d_ff"), fields.activation("dense_act_fn"), gated=False)
+    moe = config.Moe(fields.integer("num_experts"), expert, config.TopK(1, bias=fields.flag("router_bias")),
+                     capacity=config.CapacityTokens(fields.integer("expert_capacity")))
+    count, step = (fields.count(key) for key in (f"num_sparse_{side}_layers", f"{side}_sparse_step"))
+    if step is None:
+        step = layers // count if count else layers  # transformers: with no sparse layer the second is sparse all the same
+    return [moe if step == 1 or step > 1 and i % step == 1 else expert for i in range(layers)]
+
+
+def _write_switch(cfg: config.EncoderDecoder | config.Encoder) -> dict[str, Any]:
+    sides = {"encoder": cfg} if isinstance(cfg, config.Encoder) else {"encoder": cfg.encoder, "decoder": cfg.decoder}
+    found = {side: [block.feedforward for block in one.stack.blocks()] for side, one in sides.items()}
+    moe = next((one for side in found.values() for one in side if isinstance(one, config.Moe)), None)
+    if moe is None:
+        raise ValueError("no layer is a mixture of experts")
+    if not isinstance(moe.router, config.TopK):
+        raise ValueError(f"its router is a {type(moe.router).__name__}, and must be a TopK")
+    if not isinstance(moe.capacity, config.CapacityTokens):
+        raise ValueError(f"its experts' capacity is {moe.capacity}, and must be CapacityTokens")
+    values = _write("SwitchTransformers", cfg)
+    values |= {"dense_act_fn": values.pop("feed_forward_proj"), "num_experts": moe.experts, "router_bias": moe.router.bias,
+               "expert_capacity": moe.capacity.tokens}
+    values.pop("scale_decoder_outputs", None)
+    for side, feedforwards in found.items():
+        sparse = [i for i, one in enumerate(feedforwards) if isinstance(one, config.Moe)]
+        step = 1 if 0 in sparse else len(feedforwards) if len(sparse) == 1 else sparse[1] - sparse[0] if sparse else 0
+        values |= {f"num_sparse_{side}_layers": len(sparse), f"{side}_sparse_step": step}
+    return values
+
+
 def _write(title: str, cfg: config.EncoderDecoder | config.Encoder) -> dict[str, Any]:
     encoder = cfg if isinstance(cfg, config.Encoder) else cfg.encoder
     block = encoder.stack.blocks()[0]
     attention, feedforward, bias = block.attention, block.feedforward, block.attention.position
+    feedforward = feedforward.expert if isinstance(feedforward, config.Moe) else feedforward
     if not isinstance(bias, config.RelativeBias):
         raise ValueError("the first layer has no relative bias")
     names = {(config.Activation.GELU_TANH, True): "gelu", (config.Activation.GELU_TANH, False): "gelu_new",
@@ -100,23 +150,32 @@ def _attention(ours: str, theirs: str) -> tuple[Row, ...]:
     return tuple(Row((f"{{block}}/{ours}/{name}",), f"{theirs}.{name}.weight") for name in "qkvo")
 
 
-def _side(side: str, feedforward: int) -> tuple[Row, ...]:
-    """What both sides have, under a decoder's names for our weights; `feedforward`: which of a block's layers that is."""
+def _side(side: str, feedforward: int, dense: str) -> tuple[Row, ...]:
+    """What both sides have, under a decoder's names for our weights; `feedforward`: which of a block's layers that is, `dense`:
+    what it is called there."""
     layer = f"{side}.block.{{i}}.layer"
+    dense = f"{layer}.{feedforward}.{dense}"
     bias = "0.SelfAttention.relative_attention_bias.weight"
     return (
         Row(("decoder/relative_bias",), f"{side}.block.0.layer.{bias}", plain=True),
         Row(("{block}/attention/relative_bias",), f"{layer}.{bias}", plain=True),
         *_attention("attention", f"{layer}.0.SelfAttention"),
         Row(("{block}/attention_norm/scale",), f"{layer}.0.layer_norm.weight"),
-        Row(("{block}/feedforward/up",), f"{layer}.{feedforward}.DenseReluDense.wi.weight", when=_is_plain),
-        Row(("{block}/feedforward/gate",), f"{layer}.{feedforward}.DenseReluDense.wi_0.weight"),
-        Row(("{block}/feedforward/up",), f"{layer}.{feedforward}.DenseReluDense.wi_1.weight", when=_is_gated),
-        Row(("{block}/feedforward/down",), f"{layer}.{feedforward}.DenseReluDense.wo.weight"),
+        Row(("{block}/feedforward/up",), f"{dense}.wi.weight", when=_is_plain),
+        Row(("{block}/feedforward/gate",), f"{dense}.wi_0.weight"),
+        Row(("{block}/feedforward/up",), f"{dense}.wi_1.weight", when=_is_gated),
+        Row(("{block}/feedforward/down",), f"{dense}.wo.weight"),
         Row(("{block}/feedforward_norm/scale",), f"{layer}.{feedforward}.layer_norm.weight"),
         Row(("decoder/norm/scale",), f"{side}.final_layer_norm.weight"),
-        Row(("decoder/embedding/tokens",), EMBEDDINGS[0], also=EMBEDDINGS[1:], twins=(HEAD,)),
     )
+
+
+def _experts(side: str, feedforward: int) -> tuple[Row, ...]:
+    layer = f"{side}.block.{{i}}.layer.{feedforward}.mlp"
+    return (Row(("{block}/feedforward/router/product",), f"{layer}.router.classifier.weight"),
+            Row(("{block}/feedforward/router/bias",), f"{layer}.router.classifier.bias"),
+            *(Row((f"{{block}}/feedforward/experts/{ours}",), f"{layer}.experts.expert_{{e}}.{theirs}.weight")
+              for ours, theirs in (("up", "wi"), ("down", "wo"))))
 
 
 def _is_gated(block: config.Block) -> bool:
@@ -127,14 +186,26 @@ def _is_plain(block: config.Block) -> bool:
     return not block.feedforward.gated
 
 
-_TABLE = (
-    *of_encoder(*_side("encoder", 1)),
-    *_side("decoder", 2),
+def _is_tied(cfg: config.EncoderDecoder | config.Encoder) -> bool:
+    return isinstance(cfg, config.Encoder) or cfg.decoder.head.tied
+
+
+def _is_untied(cfg: config.EncoderDecoder | config.Encoder) -> bool:
+    return not _is_tied(cfg)
+
+
+_WORDS = Row(("decoder/embedding/tokens",), EMBEDDINGS[0], also=EMBEDDINGS[1:], twins=(HEAD,))
+_BEYOND = (
     *_attention("cross_attention", "decoder.block.{i}.layer.1.EncDecAttention"),
     Row(("{block}/cross_attention_norm/scale",), "decoder.block.{i}.layer.1.layer_norm.weight"),
     Row(("decoder/head/out",), HEAD),
     *VECTOR,
 )
+_TABLE = (_WORDS, *of_encoder(_WORDS, *_side("encoder", 1, "DenseReluDense")), *_side("decoder", 2, "DenseReluDense"), *_BEYOND)
+# Version 5 of transformers gives a Switch whose head is not tied three tables of tokens, and reads all of them.
+_SWITCH = (dataclasses.replace(_WORDS, when=_is_tied), dataclasses.replace(_WORDS, when=_is_untied, copied=True),
+           *of_encoder(_WORDS, *_side("encoder", 1, "mlp"), *_experts("encoder", 1)), *_side("decoder", 2, "mlp"),
+           *_experts("decoder", 2), *_BEYOND)
 
 _DEFAULTS = {"d_model": 512, "d_kv": 64, "layer_norm_epsilon": 1e-6, "relative_attention_num_buckets": 32,
              "relative_attention_max_distance": 128, "tie_word_embeddings": True, "pad_token_id": 0,
@@ -143,16 +214,28 @@ _SMALL = {"vocab_size": 32128, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "f
 _MULTILINGUAL = {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu",
                  "decoder_start_token_id": 0}
 
-FAMILIES = tuple(
-    Family(name, models, f"{title}ForConditionalGeneration", _TABLE, _read, partial(_write, title),
-           kinds=(config.EncoderDecoder, config.Encoder), bases=("",), defaults=_DEFAULTS | usual,
-           aliases={"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers",
-                    "head_dim": "d_kv"},
-           ignored=frozenset({"dropout_rate", "initializer_factor", "n_positions", "output_past", "scalable_attention"}),
-           # The first T5s have a table there that nothing reads.
-           leftover=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
-           settle=_settle)
+_SPARSE = {"vocab_size": 32128, "d_model": 768, "d_ff": 2048, "expert_capacity": 64, "num_experts": 8, "num_layers": 12,
+           "num_decoder_layers": 12, "num_heads": 12, "num_sparse_encoder_layers": 3, "num_sparse_decoder_layers": 3,
+           "router_bias": False, "router_dtype": "float32", "dense_act_fn": "relu"}
+_IGNORED = frozenset({"dropout_rate", "initializer_factor", "n_positions", "output_past", "scalable_attention"})
+# Noise and losses of training, and what no class of transformers reads.
+_IGNORED_SPARSE = _IGNORED | {"add_router_probs", "feed_forward_proj", "output_router_logits", "router_aux_loss_coef",
+                              "router_ignore_padding_tokens", "router_jitter_noise", "router_type", "router_z_loss_coef"}
+
+_family = partial(
+    Family, kinds=(config.EncoderDecoder, config.Encoder), bases=("",), settle=_settle,
+    aliases={"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers",
+             "head_dim": "d_kv"},
+    # The first T5s have a table there that nothing reads.
+    leftover=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",))
+
+FAMILIES = (*(
+    _family(name, models, f"{title}ForConditionalGeneration", _TABLE, _read, partial(_write, title), defaults=_DEFAULTS | usual,
+            ignored=_IGNORED)
     for name, title, models, usual in (
         ("t5", "T5", "T5, T5 1.1, Flan-T5, UL2, ByT5, CodeT5, CodeT5+ 220M and 770M", _SMALL),
         ("mt5", "MT5", "mT5", _MULTILINGUAL),
-        ("umt5", "UMT5", "umT5, Pile-T5", _MULTILINGUAL)))
+        ("umt5", "UMT5", "umT5, Pile-T5", _MULTILINGUAL))),
+    _family("switch_transformers", "Switch Transformers", "SwitchTransformersForConditionalGeneration", _SWITCH,
+            partial(_read, feedforwards=_some_sparse), _write_switch, mixtures=True, defaults=_DEFAULTS | _SPARSE,
+            ignored=_IGNORED_SPARSE))
