@@ -192,9 +192,17 @@ class Recipe:
         if self.routing is not None and self.own is not None:
             raise ValueError(f"{type(self.own).__name__} has a loss of its own, to which routers' are not added: leave out "
                              "Recipe.routing")
-        if self.routing is not None and not any(isinstance(block.feedforward, config.Moe) for _, side in self.sides
-                                                for block in side.stack.blocks()):
+        routers = {block.feedforward.router for _, side in self.sides for block in side.stack.blocks()
+                   if isinstance(block.feedforward, config.Moe)}
+        if self.routing is not None and not routers:
             raise ValueError("Recipe.routing is for models with mixtures of experts (jaxlm.config.Moe), and this has none")
+        other = [router for router in routers if not isinstance(router, config.TopK | config.Recurrent | config.AverageKey)]
+        if self.routing is not None and other:
+            raise ValueError(f"Recipe.routing is for routers that choose by probabilities, {type(other[0]).__name__} has none")
+        choices = [router.choice if isinstance(router, config.Recurrent) else router for router in routers]
+        if self.own is not None and any(isinstance(one, config.TopK) and one.correction for one in choices):
+            raise ValueError(f"{type(self.own).__name__} has a loss of its own, which moves no router's corrections: leave out "
+                             "TopK.correction")
         evaluated = self.objectives[-1].own
         if evaluated not in (None, self.own):
             raise ValueError(f"evaluations have the loss of what is learned or the common one, got that of {evaluated}")

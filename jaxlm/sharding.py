@@ -22,7 +22,8 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 AXES = ("data", "fsdp", "expert", "sequence", "model")
 
-PRESETS = {"dp": "data", "fsdp": "fsdp", "tp": "model"}  # the field's names for a mesh of one axis over all devices
+# The field's names for a mesh of one axis over all devices.
+PRESETS = {"dp": "data", "fsdp": "fsdp", "tp": "model", "ep": "expert"}
 
 RULES: Rules = {
     "batch": ("data", "fsdp", "expert"),

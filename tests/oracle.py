@@ -375,7 +375,8 @@ def moe(params, cfg, x, positions, known=None):
             out[place] += beside / (1 + math.exp(-gate))
     relu = isinstance(cfg.router, config.ReluNorm)
     load = np.zeros(cfg.experts)
-    for place, e in pairs:
+    chose = pairs if experts is None else [(place, e) for place in places for e in routes[place][0]]
+    for place, e in chose:
         load[e] += routes[place][3][e] > 0 if relu else 1
     did = {"tokens": len(places), "scores": sum(routes[place][1 if relu else 2] for place in places), "load": load,
            "entropy": -sum(p * math.log(p) for place in places for p in routes[place][2] if p > 0), "dropped": dropped,

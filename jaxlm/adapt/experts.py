@@ -83,6 +83,9 @@ def split(model: Model, experts: int, k: int, *, layers: Layers = None, rounds: 
 
     Reference: Qiu et al. 2023, https://arxiv.org/abs/2310.10908
     """
+    if rounds < 1:
+        raise ValueError(f"k-means takes at least 1 round, got {rounds}")
+
     def change(one: config.Dense) -> config.Moe:
         if one.width % experts:
             raise ValueError(f"a feed-forward layer of width {one.width} does not divide into {experts} experts")

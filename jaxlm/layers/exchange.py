@@ -9,6 +9,7 @@ experts have to add, and the sums are added up.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -39,11 +40,12 @@ def apply(params: dict[str, Weight], cfg: config.Moe, x: Float[Array, "B T D"], 
     if mesh.empty or mesh.size == 1:
         return _local(params, cfg, x, experts, weights)
     rows = sharding.partition(sharding.ACTIVATIONS, x.shape, mesh.shape)
-    parts = mesh.shape["expert"]
+    parts = mesh.shape.get("expert", 1)
     if cfg.experts % parts:
         raise ValueError(f"{cfg.experts} experts cannot be split over an expert axis of {parts} devices")
     specs = {name: _weight_spec(name, leaf, cfg, mesh.shape) for name, leaf in params.items()}
     body = partial(_travelling if "expert" in sharding.names(rows) else _partial, cfg=cfg, parts=parts,
+                   axes=tuple(sorted(sharding.names(rows))),
                    model=any("model" in sharding.names(spec) for spec in jax.tree.leaves(
                        specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))))
     return jax.shard_map(body, in_specs=(specs, rows, rows, rows), out_specs=rows, check_vma=False)(params, x, experts, weights)
@@ -96,10 +98,11 @@ def _by_products(params: dict[str, Weight], cfg: config.Dense, rows: Float[Array
         y = grouped.product(rows, params[name], sizes)
         if not cfg.bias:
             return y
-        bias = params[f"{name}_bias"].astype(y.dtype)
+        bias = params[f"{name}_bias"]
         if name == "down":
             bias = jnp.where(first, bias, 0)
-        return y + jnp.take(bias, group, axis=0, mode="fill", fill_value=0)
+        # In float32, for its gradient: that is a sum over rows.
+        return y + jnp.take(bias.astype(jnp.float32), group, axis=0, mode="fill", fill_value=0).astype(y.dtype)
 
     hidden = feedforward.hidden(cfg, project(rows, "up"), project(rows, "gate") if cfg.gated else None)
     return project(hidden, "down")
@@ -162,17 +165,17 @@ def _sorted(params: dict[str, Weight], cfg: config.Moe, x: Array, experts: Array
 
 
 def _partial(params: dict[str, Weight], x: Array, experts: Array, weights: Array, *, cfg: config.Moe, parts: int,
-             model: bool) -> Array:
+             model: bool, axes: tuple[str, ...]) -> Array:
     """Every device of the expert axis has the same tokens, and adds what its own experts make of them."""
-    start = jax.lax.axis_index("expert") * (cfg.experts // parts)
+    start = jax.lax.axis_index("expert") * (cfg.experts // parts) if parts > 1 else 0
     first = jax.lax.axis_index("model") == 0 if model else True
     out = _local(params, cfg, x, experts, weights, start, first)
-    axes = (("expert",) if parts > 1 else ()) + (("model",) if model else ())
-    return jax.lax.psum(out, axes) if axes else out
+    summed = (("expert",) if parts > 1 else ()) + (("model",) if model else ())
+    return jax.lax.psum(out, summed) if summed else out
 
 
 def _travelling(params: dict[str, Weight], x: Array, experts: Array, weights: Array, *, cfg: config.Moe, parts: int,
-                model: bool) -> Array:
+                model: bool, axes: tuple[str, ...]) -> Array:
     """Tokens are split over the expert axis: they go to their experts and come back."""
     k, width, own = experts.shape[-1], x.shape[-1], cfg.experts // parts
     tokens, flat = x.reshape(-1, width), experts.reshape(-1)
@@ -186,9 +189,9 @@ def _travelling(params: dict[str, Weight], x: Array, experts: Array, weights: Ar
     rounds = -(-pairs // room)
     first = jax.lax.axis_index("model") == 0 if model else jnp.asarray(True)
 
-    @jax.checkpoint
-    def go(out: Array, params: dict[str, Weight], tokens: Array, share: Array, lap: Array) -> Array:
-        """One round, added to the tokens' outputs."""
+    def go(params: dict[str, Weight], tokens: Array, share: Array, routes: tuple[Array, ...], lap: Array) -> Array:
+        """What one round adds to the tokens' outputs, float32."""
+        flat, order, there, place, first = routes
         now = (place >= lap * room) & (place < (lap + 1) * room) & (there < parts)
         slot = jnp.where(now, there * room + place - lap * room, parts * room)
         pair = jnp.full(parts * room, pairs, order.dtype).at[slot].set(order, mode="drop")
@@ -202,19 +205,57 @@ def _travelling(params: dict[str, Weight], x: Array, experts: Array, weights: Ar
         made = jnp.take(made, jnp.argsort(sort), axis=0)
         if model:
             made = jax.lax.psum(made, "model")
-        made = jax.lax.all_to_all(made, "expert", 0, 0, tiled=True)
-        made = made * jnp.take(share, pair, mode="fill", fill_value=0)[:, None].astype(made.dtype)
-        return out.at[jnp.where(here, pair // k, tokens.shape[0])].add(made, mode="drop")
+        made = jax.lax.all_to_all(made, "expert", 0, 0, tiled=True).astype(jnp.float32)
+        made = made * jnp.take(share.astype(jnp.float32), pair, mode="fill", fill_value=0)[:, None]
+        return jnp.zeros(tokens.shape, jnp.float32).at[jnp.where(here, pair // k, tokens.shape[0])].add(made, mode="drop")
 
-    share = weights.reshape(-1)
-    out = go(jnp.zeros_like(tokens), params, tokens, share, jnp.zeros((), jnp.int32))
+    routes, share = (flat, order, there, place, first), weights.reshape(-1)
+    out = jax.checkpoint(go)(params, tokens, share, routes, jnp.zeros((), jnp.int32))
     if rounds > 1:
-        most = jax.lax.pmax(jnp.max(counts[:parts]), "expert")
+        most = jax.lax.pmax(jnp.max(counts[:parts]), axes)
+        out = out + _later(go, params, tokens, share, routes, -(-most // room))
+    return out.astype(x.dtype).reshape(x.shape)
 
-        def more(out: Array, lap: Array) -> tuple[Array, None]:
-            left = most > lap * room
-            return jax.lax.cond(left, go, lambda out, *_: out, out, params, tokens, share, lap), None
 
-        with jax.named_scope(LATER_ROUNDS):  # `infer.hlo` knows them by it
-            out, _ = jax.lax.scan(more, out, jnp.arange(1, rounds))
-    return out.reshape(x.shape)
+Round = Callable[..., Array]  # see `go` above
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _later(go: Round, params: dict[str, Weight], tokens: Array, share: Array, routes: tuple[Array, ...],
+           rounds: Array) -> Array:
+    """The sum of all rounds but the first. An even load has none: neither they nor their gradients then take any time, and
+    nothing of them is kept."""
+    with jax.named_scope(LATER_ROUNDS):  # `infer.hlo` knows them by it
+        return jax.lax.fori_loop(1, rounds, lambda lap, out: out + go(params, tokens, share, routes, lap),
+                                 jnp.zeros(tokens.shape, jnp.float32))
+
+
+def _later_forward(go: Round, *given: Any) -> Any:
+    return _later(go, *given), given
+
+
+def _later_backward(go: Round, kept: Any, given: Array) -> Any:
+    *learned, routes, rounds = kept
+    leaves, tree = jax.tree.flatten(tuple(learned))
+    floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]  # of 8-bit weights the scales
+
+    def lap(number: Array, sums: list[Array]) -> list[Array]:
+        def again(*some: Array) -> Array:
+            every = list(leaves)
+            for i, leaf in zip(floats, some, strict=True):
+                every[i] = leaf
+            return go(*jax.tree.unflatten(tree, every), routes, number)
+
+        back = jax.vjp(again, *(leaves[i] for i in floats))[1]
+        return [total + one for total, one in zip(sums, back(given), strict=True)]
+
+    with jax.named_scope(LATER_ROUNDS):
+        sums = jax.lax.fori_loop(1, rounds, lap, [jnp.zeros_like(leaves[i]) for i in floats])
+    found = [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in leaves]
+    for i, total in zip(floats, sums, strict=True):
+        found[i] = total
+    nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), (routes, rounds))
+    return (*jax.tree.unflatten(tree, found), *nothing)
+
+
+_later.defvjp(_later_forward, _later_backward)

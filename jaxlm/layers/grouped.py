@@ -14,6 +14,8 @@ The gradients are written here, so that they too cost what the rows cost. `dense
 that the tests hold the others to.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -124,33 +126,64 @@ def _looped_outer(rows: Array, given: Array, sizes: Array) -> Array:
 
 # On TPUs.
 
-def _near(size: int, most: int) -> int:
-    """The widest tile up to `most` that pads the least."""
-    return min(range(LANES, most + 1, LANES), key=lambda tile: (-(-size // tile) * tile, -tile))
+# A v5e's, which others are like in what matters here: FLOPs a byte. Rows that a matrix unit takes while it loads weights.
+FLOPS, BYTES, DEEP = 1.97e14, 8.1e11, 128
 
 
-def _tall(rows: int, groups: int) -> int:
-    """Rows in a tile. One at the edge of two groups is computed for both, which wastes a tile a group: a quarter of an even
-    share, but no less than the rows that a matrix unit takes in the time that it needs for its weights."""
-    even = 2 ** int(math.log2(max(rows / groups / 4, 1)))
-    return min(max(even, LANES), 512, -(-rows // 16) * 16)
+def _sizes(size: int, most: int) -> list[int]:
+    """Tiles for a dimension: whole where it is no longer than `most`, else multiples of 128 up to that."""
+    return [size] if size <= LANES else [*([size] if size <= most else []), *range(LANES, min(most, size), LANES)]
 
 
+def _padded(size: int, tile: int) -> int:
+    return -(-size // tile) * tile
+
+
+def active_tiles(rows: int, groups: int, tall: int) -> int:
+    """Tiles of rows that are computed where the load is even: one that holds the edge of two groups is, for both."""
+    return -(-rows // tall) + min(groups, rows) - 1
+
+
+def _talls(rows: int) -> list[int]:
+    return [tall for tall in (16, 32, 64, 128, 256, 512) if tall <= _padded(rows, 16)]
+
+
+@functools.cache
 def _tiling(rows: int, groups: int, inner: int, outer: int, nbytes: int) -> tuple[int, int, int]:
-    """Megablox's tiles of rows, of what is summed and of what comes out, for numbers of so many bytes.
+    """Megablox's tiles of rows, of what is summed and of what comes out, for numbers of so many bytes: those that take the
+    least time by their FLOPs (with what pads tiles) and bytes.
 
-    What is summed is taken whole where it fits: tiles of rows that follow each other in a group then find its matrix in place.
+    Rows are read again for every column of tiles; a group's matrix for every tile of rows, or once where what is summed is
+    taken whole: tiles of rows that follow each other in a group then find it in place.
     """
-    tall, deep, wide = _tall(rows, groups), inner if inner <= 4096 else _near(inner, 2048), _near(outer, 1024)
+    def seconds(tall: int, deep: int, wide: int) -> tuple[float, int]:
+        tiles, whole = active_tiles(rows, groups, tall), deep >= inner
+        products = 2 * tiles * max(tall, DEEP) * _padded(inner, deep) * _padded(outer, wide)
+        read = tiles * tall * inner * -(-outer // wide) + (min(groups, rows) if whole else tiles) * inner * outer
+        return max(products / FLOPS, nbytes * (read + rows * outer) / BYTES), -deep * wide
 
-    def full() -> bool:
-        return 2 * nbytes * (deep * (tall + wide) + tall * wide) + 4 * tall * wide > VMEM
+    def fits(tall: int, deep: int, wide: int) -> bool:
+        return 2 * nbytes * (deep * (tall + wide) + tall * wide) + 4 * tall * wide <= VMEM
 
-    while wide > LANES and full():
-        wide = _near(outer, wide - LANES)
-    while tall > LANES and full():
-        tall //= 2
-    return tall, deep, wide
+    every = itertools.product(_talls(rows), _sizes(inner, 4096), _sizes(outer, 2048))
+    return min((tiles for tiles in every if fits(*tiles)), key=lambda tiles: seconds(*tiles))
+
+
+@functools.cache
+def _tiling_outer(rows: int, groups: int, inner: int, outer: int, nbytes: int) -> tuple[int, int, int]:
+    """The same for the sums over a group's rows of products of two of them: these stay in place while rows pass, and the wider
+    they are, the less often rows are read again."""
+    def seconds(tall: int, deep: int, wide: int) -> tuple[float, int]:
+        tiles = active_tiles(rows, groups, tall)
+        products = 2 * tiles * max(tall, DEEP) * _padded(inner, deep) * _padded(outer, wide)
+        read = tiles * tall * (inner * -(-outer // wide) + outer * -(-inner // deep))
+        return max(products / FLOPS, nbytes * (read + groups * inner * outer) / BYTES), -deep * wide
+
+    def fits(tall: int, deep: int, wide: int) -> bool:
+        return 2 * nbytes * (tall * (deep + wide) + deep * wide) + 4 * deep * wide <= VMEM
+
+    every = itertools.product(_talls(rows), _sizes(inner, 2048), _sizes(outer, 2048))
+    return min((tiles for tiles in every if fits(*tiles)), key=lambda tiles: seconds(*tiles))
 
 
 def _megablox(rows: Array, weight: Weight, sizes: Array, transposed: bool, interpret: bool = False) -> Array:
@@ -163,6 +196,26 @@ def _megablox(rows: Array, weight: Weight, sizes: Array, transposed: bool, inter
     return _zero_tail(out[:count], sizes)
 
 
+@functools.cache
+def _tiling_int8(rows: int, groups: int, inner: int, outer: int, nbytes: int) -> tuple[int, int, int]:
+    """The same for `_int8`, whose weights become rows' numbers in the kernel. What is summed is whole, or divides evenly where
+    some tile does: padding it would copy the weights."""
+    deep = inner if inner <= 4096 else next((tile for tile in range(2048, 0, -LANES) if inner % tile == 0), 2048)
+
+    def bytes_of(tall: int, wide: int) -> int:
+        return 2 * deep * wide + 2 * nbytes * tall * (deep + wide) + (4 + nbytes) * deep * wide + 4 * tall * wide
+
+    def seconds(tall: int, wide: int) -> tuple[float, int]:
+        tiles = -(-rows // tall) + min(groups, rows)
+        products = 2 * tiles * max(tall, DEEP) * inner * _padded(outer, wide)
+        read = nbytes * tiles * tall * inner * -(-outer // wide) + min(groups, rows) * inner * outer
+        return max(products / FLOPS, read / BYTES), -wide
+
+    every = itertools.product(_talls(rows), _sizes(outer, 2048))
+    tall, wide = min((tiles for tiles in every if bytes_of(*tiles) <= VMEM), key=lambda tiles: seconds(*tiles))
+    return tall, deep, wide
+
+
 def _int8(rows: Float[Array, "R D"], weight: Int8, sizes: Int[Array, "E"], interpret: bool = False) -> Float[Array, "R F"]:
     """`product` with 8-bit weights: a kernel over tiles of rows that each have one group, whose weights it takes as they are.
 
@@ -173,10 +226,7 @@ def _int8(rows: Float[Array, "R D"], weight: Int8, sizes: Int[Array, "E"], inter
     from jax.experimental.pallas import tpu as pltpu
 
     count, (groups, inner, outer) = rows.shape[0], weight.values.shape
-    tall = min(_tall(count, groups), 2 ** max(int(math.log2(max(4 * count / groups, 1))), 5))
-    deep, wide = inner if inner <= 4096 else _near(inner, 2048), _near(outer, 1024)
-    while wide > LANES and 2 * deep * wide + 2 * rows.dtype.itemsize * tall * (deep + wide) + 4 * deep * wide > VMEM:
-        wide = _near(outer, wide - LANES)
+    tall, deep, wide = _tiling_int8(count, groups, inner, outer, rows.dtype.itemsize)
     steps = -(-inner // deep)
     tiles = min(count, count // tall + groups)
     active, group, start, stop = (array[:tiles] if array.ndim else array for array in _tiles(count, sizes, tall))
@@ -185,6 +235,9 @@ def _int8(rows: Float[Array, "R D"], weight: Int8, sizes: Int[Array, "E"], inter
     place = jnp.minimum(start[:, None] + jnp.arange(tall, dtype=start.dtype)[None], count - 1)
     laid = jnp.pad(jnp.take(rows, place.reshape(-1), axis=0), ((0, 0), (0, steps * deep - inner)))
     values = jnp.pad(weight.values, ((0, 0), (0, steps * deep - inner), (0, 0)))
+
+    def there(tile: Any, step: Any, active: Any) -> Any:
+        return jnp.where(tile < active[0], step, steps - 1)
 
     def kernel(group: Any, active: Any, x: Any, w: Any, scale: Any, out: Any, total: Any) -> None:
         step = pl.program_id(2)
@@ -203,13 +256,14 @@ def _int8(rows: Float[Array, "R D"], weight: Int8, sizes: Int[Array, "E"], inter
         kernel, out_shape=jax.ShapeDtypeStruct((tiles * tall, outer), rows.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2, grid=(-(-outer // wide), tiles, steps),
-            in_specs=[pl.BlockSpec((tall, deep), lambda n, t, k, group, active: (t, k)),
-                      pl.BlockSpec((None, deep, wide), lambda n, t, k, group, active: (group[t], k, n)),
+            in_specs=[pl.BlockSpec((tall, deep), lambda n, t, k, group, active: (t, there(t, k, active))),
+                      pl.BlockSpec((None, deep, wide), lambda n, t, k, group, active: (group[t], there(t, k, active), n)),
                       pl.BlockSpec((None, 1, wide), lambda n, t, k, group, active: (group[t], 0, n))],
             out_specs=pl.BlockSpec((tall, wide), lambda n, t, k, group, active: (t, n)),
             scratch_shapes=[pltpu.VMEM((tall, wide), jnp.float32)]),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
-        cost_estimate=pl.CostEstimate(flops=2 * count * inner * outer, transcendentals=0,
+        cost_estimate=pl.CostEstimate(flops=2 * min(tiles, active_tiles(count, groups, tall)) * tall * inner * outer,
+                                      transcendentals=0,
                                       bytes_accessed=min(groups, count) * inner * outer + 2 * tiles * tall * (inner + outer)),
         interpret=interpret)(group, active[None], laid, values, weight.scale)
     first = jnp.cumsum(-(-sizes // tall)) - -(-sizes // tall)
@@ -227,8 +281,7 @@ def _on_tpu(rows: Array, weight: Weight, sizes: Array, transposed: bool, interpr
 def _megablox_outer(rows: Array, given: Array, sizes: Array, interpret: bool = False) -> Array:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    # A group's sums stay in place while its rows pass: the wider these tiles, the less often rows are read again.
-    tiling = (_tall(rows.shape[0], sizes.shape[0]), _near(rows.shape[1], 512), _near(given.shape[1], 1024))
+    tiling = _tiling_outer(rows.shape[0], sizes.shape[0], rows.shape[1], given.shape[1], rows.dtype.itemsize)
     left, right = (jnp.pad(x, ((0, -x.shape[0] % tiling[0]), (0, 0))) for x in (rows, given))
     with jax.numpy_dtype_promotion("standard"):  # its bookkeeping mixes booleans and integers
         return tgmm(left.T, right, sizes, rows.dtype, tiling, interpret=interpret)

@@ -1,9 +1,9 @@
 """A mixture of experts in the feed-forward slot: a router sends each token to some of the experts, whose outputs are summed.
 
 Nothing is dropped unless the config has a capacity: pairs of a token and one of its experts are sorted by expert, and
-`jaxlm.layers.grouped` multiplies each with its expert's matrices. On a mesh the pairs go to the devices that hold their experts
-and come back (`jaxlm.layers.exchange`). Where an expert takes a bounded number of tokens (a capacity, expert choice) they
-lie in slots [B, E, C] instead. `Routing` is what losses and statistics are made of.
+`jaxlm.layers.grouped` multiplies each with its expert's matrices. On a mesh the pairs go to the devices that hold their
+experts and come back (`jaxlm.layers.exchange`). Where experts choose, the tokens that they take lie in slots [B, E, C]
+instead. `Routing` is what losses and statistics are made of.
 """
 
 import math
@@ -28,7 +28,7 @@ class Routing:
     Attributes:
       tokens: how many there are.
       scores: [E], sums of the router's probabilities (of a `config.ReluNorm`: of its weights).
-      load: [E], how many tokens went to each expert.
+      load: [E], how many tokens chose each expert, those that it then dropped too.
       entropy: sum of the entropies of the tokens' probabilities, in nats (of a `config.ReluNorm`: of relu(x W) over its sum).
       squares: sum of squared log-sum-exps of the logits.
       dropped: how many pairs of token and expert were dropped.
@@ -105,6 +105,7 @@ def apply(params: dict[str, Any], cfg: config.Moe, x: Float[Array, "B T D"], con
     kept = None
     if decision.experts is not None:
         experts = jnp.where(valid[..., None], decision.experts, cfg.experts)
+        counted = jnp.sum(jax.nn.one_hot(experts, cfg.experts, dtype=jnp.float32), axis=(0, 1, 2))
         if cfg.capacity is not None:
             kept = _kept(cfg, experts, decision.scores)
             experts = jnp.where(kept, experts, cfg.experts)
@@ -112,7 +113,6 @@ def apply(params: dict[str, Any], cfg: config.Moe, x: Float[Array, "B T D"], con
                 decision = decision._replace(weights=_rescaled(decision.weights, kept))
         decision = decision._replace(experts=experts)
         out = exchange.apply(params["experts"], cfg, x, experts, decision.weights)
-        counted = jnp.sum(jax.nn.one_hot(experts, cfg.experts, dtype=jnp.float32), axis=(0, 1, 2))
     elif isinstance(cfg.router, config.ExpertChoice):
         out, taken = _expert_choice(params["experts"], cfg, x, jnp.where(valid[..., None], decision.scores, -1.0))
         counted = jnp.sum(taken, axis=(0, 1))

@@ -14,7 +14,9 @@ from jaxlm import config
 from jaxlm.layers import norm
 from jaxlm.layers.mask import Context
 from jaxlm.params import Param, zeros
-from jaxlm.weight import einsum
+from jaxlm.weight import dense, einsum
+
+EXACT = jax.lax.Precision.HIGHEST  # a TPU's float32 products are bfloat16's unless told otherwise
 
 
 class Decision(NamedTuple):
@@ -101,7 +103,7 @@ def apply(params: dict[str, Any], cfg: config.Moe, x: Float[Array, "B T D"], con
             logits = _logits(params, x)
             return Decision(None, None, jax.nn.softmax(logits, axis=-1), logits), state
         case config.AverageKey(k=k):
-            logits = jnp.einsum("BTD,DE->BTE", x, keys.astype(x.dtype), preferred_element_type=jnp.float32)
+            logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), keys.astype(jnp.float32), precision=EXACT)
             experts = jax.lax.top_k(jax.lax.stop_gradient(logits), k)[1]
             return Decision(experts, jnp.ones(experts.shape, jnp.float32), jax.nn.softmax(logits, axis=-1), logits), state
         case config.Hash(k=k, seed=seed):
@@ -114,8 +116,8 @@ def apply(params: dict[str, Any], cfg: config.Moe, x: Float[Array, "B T D"], con
 
 
 def _logits(params: dict[str, Any], x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
-    """Float32: a choice between near scores should not depend on how they were rounded."""
-    logits = einsum("BTD,DE->BTE", x.astype(jnp.float32), params["product"])
+    """Float32, on TPUs too: a choice between near scores should not depend on how they were rounded."""
+    logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), dense(params["product"]).astype(jnp.float32), precision=EXACT)
     return logits + params["bias"].astype(jnp.float32)[None, None] if "bias" in params else logits
 
 

@@ -22,7 +22,8 @@ class RoutingLoss:
 
     Attributes:
       balance: experts times the sum over them of (share of the load) x (mean probability); 1 where the load is even
-        (Fedus et al. 2021, equation 4, https://arxiv.org/abs/2101.03961).
+        (Fedus et al. 2021, equation 4, https://arxiv.org/abs/2101.03961). transformers' router_aux_loss_coef is for k times
+        as much.
       z: the mean square of the log-sum-exp of a token's logits (Zoph et al. 2022, https://arxiv.org/abs/2202.08906).
       mutual: minus the mutual information, in nats, of tokens and experts: each token sure, all together even
         (Chen et al. 2022, https://arxiv.org/abs/2212.08066).
@@ -62,7 +63,7 @@ def measures(one: Routing) -> dict[str, Float[Array, "L"]]:
     probability = one.scores / tokens
     load = jax.lax.stop_gradient(one.load)
     shares = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)
-    pairs = jnp.sum(load, axis=-1) + one.dropped
+    pairs = jnp.sum(load, axis=-1)
     return {"balance": experts * jnp.sum(shares * probability, axis=-1), "z": one.squares / tokens[:, 0],
             "mutual": one.entropy / tokens[:, 0] - _entropy(probability),
             "load_entropy": _entropy(shares) / math.log(experts) if experts > 1 else jnp.ones_like(pairs),
@@ -108,7 +109,9 @@ def _corrections(params: PyTree, routing: PyTree) -> Float[Array, ""]:
                 if not isinstance(one, Routing) or "correction" not in own["feedforward"].get("router", {}):
                     continue
                 correction = own["feedforward"]["router"]["correction"]
-                over = jnp.sign(one.load - jnp.mean(one.load, axis=-1, keepdims=True))
+                # Not its sign, which is taken of the sum over a batch's pieces.
+                mean = jnp.mean(one.load, axis=-1, keepdims=True)
+                over = (one.load - mean) / jnp.maximum(mean, 1.0)
                 value = value + TINY * jnp.sum((correction - jax.lax.stop_gradient(correction)) * jax.lax.stop_gradient(over))
         return value
 

@@ -132,6 +132,8 @@ class Optimizer:
           ValueError: for a pattern that matches no path, a factor that is not above 0, and when everything is frozen, for the
             first steps too.
         """
+        if not self.correction >= 0:
+            raise ValueError(f"correction is how far a router's corrections move in a step, at least 0, got {self.correction}")
         frozen = select(spec, *self.frozen) if self.frozen else {}
         if len(frozen) == len(paths(spec)):
             raise ValueError(f"all weights are frozen by {', '.join(self.frozen)}: there is nothing to train")
@@ -166,8 +168,9 @@ class Optimizer:
         corrections = [path for path in named if path.endswith("router/correction") and path not in frozen]
         if corrections:
             named |= dict.fromkeys(corrections, "correction")
-            kinds["correction"] = optax.stateless(lambda gradient, _: jax.tree.map(
-                lambda leaf: -self.correction * jnp.sign(leaf), gradient))
+            moved = optax.stateless(lambda gradient, _: jax.tree.map(lambda leaf: -self.correction * jnp.sign(leaf), gradient))
+            waits = () if self.freeze is None else (_zero_before(self.freeze.steps, set(held)),)
+            kinds["correction"] = optax.chain(moved, *waits)
         return optax.multi_transform(kinds, _tree(spec, named))
 
     def _decays(self, spec: Spec) -> dict[str, bool]:

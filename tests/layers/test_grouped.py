@@ -118,4 +118,18 @@ def test_experts_without_rows_cost_nothing_on_a_cpu():
 def test_tiles_of_a_tpu_fit_its_memory(rows, groups, inner, outer, nbytes):
     tall, deep, wide = grouped._tiling(rows, groups, inner, outer, nbytes)
     assert 2 * nbytes * (deep * (tall + wide) + tall * wide) + 4 * tall * wide <= grouped.VMEM
-    assert tall <= -(-rows // 16) * 16 and tall % 16 == 0 and wide % grouped.LANES == 0
+    assert tall <= -(-rows // 16) * 16 and tall % 16 == 0 and (wide % grouped.LANES == 0 or wide == outer)
+
+
+@pytest.mark.parametrize("rows, groups, inner, outer", [
+    (65536, 8, 4096, 14336), (65536, 8, 14336, 4096), (262144, 128, 2048, 768), (262144, 32, 2880, 2880),
+    (262144, 64, 2048, 1408)])
+def test_tiles_of_a_tpu_leave_it_bound_by_products(rows, groups, inner, outer):
+    """Those of bfloat16 rows, as many as a training step has: by v5e's FLOPs and bytes, and within 1.15 of the FLOPs there
+    have to be."""
+    tall, deep, wide = grouped._tiling(rows, groups, inner, outer, 2)
+    tiles = grouped.active_tiles(rows, groups, tall)
+    flops = 2 * tiles * tall * -(-inner // deep) * deep * -(-outer // wide) * wide
+    read = rows * inner * -(-outer // wide) + (groups if deep >= inner else tiles) * inner * outer + rows * outer
+    assert flops <= 1.15 * 2 * rows * inner * outer
+    assert 2 * read / 8.1e11 <= flops / 1.97e14
