@@ -3,7 +3,7 @@
   python -m train.compile configs/qwen3_30b_a3b.py --topology v5p:4x4x4
   python -m infer.compile --model configs/qwen3_30b_a3b.py --topology v5e:2x4 --mesh expert=8 --weights int8 --batch 1
 
-The compiler says of training: 15.9 of 95.7 GiB a chip; tokens travel to their experts and back by all-to-all, 108 GiB a step
+The compiler says of training: 15.5 of 95.7 GiB a chip; tokens travel to their experts and back by all-to-all, 108 GiB a step
 and chip, experts are gathered over fsdp alone. FLOPs are 1.71 of the model's: remat computes a third of them again, and
 kernels count the room that is kept for an uneven load, half as much again, though they compute nothing there. Of decoding with
 8-bit experts: 5.2 of 15.75 GiB a chip, no copy of cache or layers, one all-reduce a layer. The data is an example: point

@@ -254,7 +254,8 @@ def _later_backward(go: Round, kept: Any, given: Array) -> Any:
     found = [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in leaves]
     for i, total in zip(floats, sums, strict=True):
         found[i] = total
-    nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), (routes, rounds))
+    # A constant among them may have become a number.
+    nothing = jax.tree.map(lambda leaf: np.zeros(np.shape(leaf), jax.dtypes.float0), (routes, rounds))
     return (*jax.tree.unflatten(tree, found), *nothing)
 
 

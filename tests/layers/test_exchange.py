@@ -115,3 +115,12 @@ def test_experts_that_the_axis_does_not_divide():
     with jax.set_mesh(sharding.mesh(expert=4, data=2)), pytest.raises(
             ValueError, match="6 experts cannot be split over an expert axis of 4 devices"):
         exchange.apply(weights, cfg, jnp.zeros((8, 1, D)), jnp.zeros((8, 1, 1), jnp.int32), jnp.ones((8, 1, 1)))
+
+
+def test_gradients_through_rematerialised_layers(monkeypatch):
+    """As training has them, in several rounds."""
+    monkeypatch.setattr(exchange, "SLACK", 0.5)
+    mesh = sharding.mesh(expert=8)
+    with jax.set_mesh(mesh):
+        again = step(jax.checkpoint(through_devices, policy=jax.checkpoint_policies.nothing_saveable))
+        same(tiny.jit(again)(*placed(mesh, 16)), wanted(16))
